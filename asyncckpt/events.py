@@ -1,0 +1,142 @@
+"""What happened, as frozen values: one class per phase, handed to every sink in the order it happened.
+
+A sink is any callable that takes an event. It runs on the thread where the phase ended (the class says which) and
+should return quickly; what it raises is logged and never harms a save. The default sink, `log_events`, logs one line
+at INFO per commit, and failures as errors, to the logger "asyncckpt".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+logger = logging.getLogger("asyncckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """url: the run, without credentials. step: the step concerned. rank: the rank that reports.
+
+    time_s: `time.time()` at the end of the phase, in seconds.
+    """
+
+    url: str
+    step: int
+    rank: int
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(Event):
+    """`save`/`save_async` took a snapshot and is about to return (training thread).
+
+    wait_s: seconds waited for a free place in the queue. stage_s: seconds in state_dict(), copying and planning.
+    stall_s: both, and all else the call did: what the training loop lost. num_bytes: tensor bytes staged on this rank.
+    """
+
+    num_bytes: int
+    wait_s: float
+    stage_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(Event):
+    """This rank's files are durable (writer thread).
+
+    copy_s: seconds the writer waited for an overlapped copy. write_s: seconds from then to durable.
+    """
+
+    num_bytes: int
+    num_files: int
+    copy_s: float
+    write_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed(Event):
+    """The step is whole and visible (writer thread of every rank).
+
+    num_bytes: bytes of all ranks' files. durable_s: seconds from the call of `save` to here. stall_s: as in Staged.
+    sequence: the step's place in the order of commits.
+    """
+
+    sequence: int
+    num_bytes: int
+    stall_s: float
+    durable_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned(Event):
+    """Retention deleted a step, or leftovers of a dead save of it were removed (writer thread of rank 0).
+
+    whole: True for a committed step, False for leftovers.
+    """
+
+    whole: bool
+    num_files: int
+    prune_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """Something failed on this rank. phase: "stage", "write", "commit", "prune", "restore". Errors of saves are raised
+    too, once; those of "prune" are only reported here, as the checkpoint is whole and deletion is tried again."""
+
+    phase: str
+    error: BaseException
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored(Event):
+    """A restore is complete (the thread that called it).
+
+    ignored_keys: keys of the checkpoint that the state dict did not ask for. skipped_steps: newer steps that
+    `restore_latest` passed over as damaged.
+    """
+
+    num_bytes: int
+    restore_s: float
+    ignored_keys: tuple[str, ...] = ()
+    skipped_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped(Event):
+    """A save that was due did not happen, or storage cannot do what the design asks (training or writer thread)."""
+
+    reason: str
+
+
+Sink = Callable[[Event], None]
+
+
+def log_events(event: Event) -> None:
+    """The default sink."""
+    match event:
+        case Committed():
+            mb_s = event.num_bytes / 1e6 / max(event.durable_s, 1e-9)
+            logger.info(
+                "step %d committed to %s: %.1f MB, stalled %.3f s, durable after %.2f s (%.0f MB/s)",
+                event.step, event.url, event.num_bytes / 1e6, event.stall_s, event.durable_s, mb_s,
+            )  # fmt: skip
+        case Failed():
+            logger.error("step %d at %s: %s failed: %s", event.step, event.url, event.phase, event.error)
+        case Skipped():
+            logger.warning("step %d at %s skipped: %s", event.step, event.url, event.reason)
+        case Restored() if event.ignored_keys or event.skipped_steps:
+            logger.warning(
+                "step %d restored from %s; %d keys of the checkpoint were not asked for; damaged newer steps: %s",
+                event.step, event.url, len(event.ignored_keys), list(event.skipped_steps) or "none",
+            )  # fmt: skip
+
+
+def emit(sinks: Iterable[Sink], event: Event) -> None:
+    """Hand `event` to every sink. A sink that raises is logged: reporting must never harm a save."""
+    for sink in sinks:
+        try:
+            sink(event)
+        except Exception:
+            logger.exception("event sink %r failed on %r", sink, event)

@@ -1,0 +1,69 @@
+"""Bytes at a URL: the one seam between checkpoints and storage.
+
+Paths are relative to the storage's root, with "/" between parts, and never start with "/". Implementations:
+`LocalStorage` (storage_local.py) for folders, `FsspecStorage` (storage_fsspec.py) for everything else;
+`open_storage(url, options)` chooses. Storages are safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Storage(Protocol):
+    """Every call blocks; what it wrote is durable on return. Errors are `OSError`s (FileNotFoundError, PermissionError,
+    FileExistsError, ...) whose text names the operation and the path, never a credential."""
+
+    url: str
+    """The root as the user wrote it, without credentials: for messages."""
+    max_file_bytes: int
+    """Files larger than this are slow or impossible here; a single item that is larger still gets one file."""
+
+    def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        """Write a new file of `size` bytes, the concatenation of `views` (C-contiguous, format "B").
+
+        `path` is fresh: nobody else writes it. Missing parents are made. A view is not used after the next one was
+        asked for has been written or copied: the iterator's owner frees them. If the iterator or a write raises,
+        the file is removed or left under `path` incomplete, but the exception always propagates.
+        """
+        ...
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a small file atomically, only if it is absent: FileExistsError otherwise."""
+        ...
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a small file atomically, whether or not it exists: a reader sees the old or the new bytes."""
+        ...
+
+    def read_file(self, path: str) -> bytes: ...
+
+    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each writable view with the file's bytes from its offset. EOFError if the file is too short."""
+        ...
+
+    def list_files(self, prefix: str = "") -> Mapping[str, int]:
+        """{path: size in bytes} of every file under the folder `prefix`, as it is now: never from a cache.
+
+        A folder that does not exist has no files. Storage itself missing (bucket) is FileNotFoundError.
+        """
+        ...
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete files in bulk, and on a folder the folders left empty. A missing file is no error; every failure is
+        one OSError after all were tried."""
+        ...
+
+    def check_writable(self) -> None:
+        """Raise the OSError that a first write would meet (no such bucket, no permission, root is a file), writing at
+        most one probe that is removed again; makes the root folder."""
+        ...
+
+
+def open_storage(url: str, storage_options: Mapping[str, Any] | None = None) -> Storage:
+    """The storage for a URL or a local path. ValueError for a protocol that fsspec does not know.
+
+    storage_options: reach the fsspec filesystem unchanged.
+    """
+    raise NotImplementedError
