@@ -23,9 +23,10 @@ class Storage(Protocol):
     def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
         """Write a new file of `size` bytes, the concatenation of `views` (C-contiguous, format "B").
 
-        `path` is fresh: nobody else writes it. Missing parents are made. A view is not used after the next one was
-        asked for has been written or copied: the iterator's owner frees them. If the iterator or a write raises,
-        the file is removed or left under `path` incomplete, but the exception always propagates.
+        `path` is fresh: nobody else writes it, and nothing refers to it yet. Missing parents are made. A view stays
+        valid and unchanged until this call returns. Views are asked for in order, from one thread, and no further
+        ahead than writing needs. If the iterator or a write raises, the file is removed as far as possible and the
+        exception propagates.
         """
         ...
 
@@ -61,9 +62,11 @@ class Storage(Protocol):
         ...
 
 
-def open_storage(url: str, storage_options: Mapping[str, Any] | None = None) -> Storage:
+def open_storage(
+    url: str, storage_options: Mapping[str, Any] | None = None, *, num_threads: int | None = None
+) -> Storage:
     """The storage for a URL or a local path. ValueError for a protocol that fsspec does not know.
 
-    storage_options: reach the fsspec filesystem unchanged.
+    storage_options: reach the fsspec filesystem unchanged. num_threads: transfers in flight per file; None chooses.
     """
     raise NotImplementedError
