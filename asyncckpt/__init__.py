@@ -1,0 +1,1 @@
+"""Asynchronous, verified, resumable checkpoints for PyTorch training, to any fsspec URL."""
