@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from tests.servers import GcsEmulator, MotoServer, RadosGateway, S3Server, Server
+from tests.servers import GcsEmulator, MotoServer, RadosGateway, S3Server, Server, best_s3_server
 
 # Read by gcsfs when it is first imported; see GcsEmulator.env.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -55,7 +55,7 @@ def s3_server(pytestconfig: pytest.Config) -> Iterator[S3Server]:
     reason = RadosGateway.missing()
     if reason and os.environ.get("CI") == "true" and os.environ.get("ASYNCCKPT_ALLOW_MOTO") != "1":
         pytest.fail(f"CI must test on radosgw, and it is {reason}; ASYNCCKPT_ALLOW_MOTO=1 accepts the mock")
-    with MotoServer() if reason else RadosGateway() as server:
+    with best_s3_server() as server:
         _prepare(server, pytestconfig)
         yield server
 

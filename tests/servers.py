@@ -1,14 +1,17 @@
 """Object stores that run on this machine, each a context manager around real server processes on loopback.
 
 `RadosGateway` (S3: Ceph's production gateway), `MotoServer` (S3: a mock, where Ceph is not installed) and `GcsEmulator`
-(GCS). They hold everything in memory and vanish on exit. conftest.py starts them for the suite, `scripts/serve` for a
-user; nothing here knows of checkpoints.
+(GCS). They hold everything in memory and vanish on exit. conftest.py starts them for the suite, `scripts/serve` runs
+this file for a user; nothing here knows of checkpoints.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -210,6 +213,42 @@ class GcsEmulator(Server):
         return f"gs://{name}"
 
 
+def best_s3_server() -> S3Server:
+    """Ceph where it is installed, else the mock."""
+    return MotoServer() if RadosGateway.missing() else RadosGateway()
+
+
+def main(arguments: list[str]) -> int:
+    """`scripts/serve [s3] [gs] [-- COMMAND...]`: serve until a signal, or for as long as the command runs."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    names, command = arguments[:split] or ["s3", "gs"], arguments[split + 1 :]
+    if set(names) - {"s3", "gs"} or (split < len(arguments) and not command):
+        print("usage: scripts/serve [s3] [gs] [-- COMMAND...]", file=sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    env: dict[str, str] = {}
+    with ExitStack() as stack:
+        for name in names:
+            server = stack.enter_context(best_s3_server() if name == "s3" else GcsEmulator())
+            print(f"# {server.name} at {server.endpoint}, empty: {server.make_bucket('asyncckpt')}/run", flush=True)
+            env |= server.env
+        if command:
+            return _run_to_its_end(command, env)
+        print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in env.items()), flush=True)
+        signal.pause()
+    return 0
+
+
+def _run_to_its_end(command: list[str], env: Mapping[str, str]) -> int:
+    """Its exit status. When a signal ends us, it gets TERM and the servers wait for it: it may still save."""
+    with subprocess.Popen(command, env={**os.environ, **env}) as process:
+        try:
+            return process.wait()
+        finally:
+            process.terminate()
+
+
 def _ceph_conf(folder: Path, cluster_id: str, mon_port: int, rgw_port: int, memory_bytes: int) -> str:
     return f"""\
 [global]
@@ -311,3 +350,7 @@ def _wait_until_it_answers(endpoint: str, process: subprocess.Popen[bytes], fold
             return
     logs = "\n".join(f"{path.name}: {path.read_text(errors='replace')[-2000:]}" for path in sorted(folder.glob("*.*")))
     raise RuntimeError(f"no answer at {endpoint} (server's exit status: {process.poll()}). Its files:\n{logs}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
