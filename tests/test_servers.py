@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
+from tests import servers
 from tests.servers import GcsEmulator, S3Server, Server
 
 
@@ -40,6 +45,30 @@ def test_the_s3_server_checks_signatures(s3_server: S3Server, s3_url: str) -> No
     fs = fsspec.filesystem("s3", **{**s3_server.storage_options, "secret": "wrong"})
     with pytest.raises(PermissionError):
         fs.pipe_file(f"{s3_url}/file", b"bytes")
+
+
+def test_serve_runs_a_command_against_its_servers_and_returns_its_status() -> None:
+    """`scripts/serve gs -- COMMAND` is enough to run anything against a store."""
+    code = "import os, sys; print(os.environ['STORAGE_EMULATOR_HOST']); sys.exit(7)"
+    command = [sys.executable, "-P", servers.__file__, "gs", "--", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+    announced, seen_by_the_command = done.stdout.splitlines()
+    assert f"{seen_by_the_command}, empty: gs://asyncckpt/run" in announced
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="only setpriv ties a child's life to ours")
+def test_servers_do_not_outlive_a_killed_owner(tmp_path: Path) -> None:
+    """A suite that is killed leaves no daemon behind."""
+    command = [sys.executable, "-P", servers.__file__, "gs"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # its files do outlive it
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        port = int(owner.stdout.readline().split(",")[0].rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            owner.kill()
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
 
 
 def _write_in_a_fresh_process(server: Server, url: str) -> None:
