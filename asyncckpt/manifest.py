@@ -165,6 +165,7 @@ def decode_manifest(data: bytes) -> Manifest:
         }
         chunks, files = _decode_records(document, list(keys))
         stock = document["dcp_metadata"]
+        _check_kinds(keys, chunks)
         manifest = Manifest(Head(**head), keys, chunks, files, stock["size"], stock["crc32"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as exc:
         raise ManifestError(f"its structure is wrong: {type(exc).__name__}: {exc}") from exc
@@ -254,6 +255,12 @@ def _check_payloads(chunks: Iterable[Chunk]) -> None:
             raise ValueError(f"the payload of {chunk.key!r} is longer than its item")
         if len(chunk.blocks) != (num_blocks if num_blocks > 1 else 0) or chunk.offsets is None:
             raise ValueError(f"the chunk of {chunk.key!r} has {len(chunk.blocks)} block checksums")
+
+
+def _check_kinds(keys: Mapping[str, Key], chunks: Iterable[Chunk]) -> None:
+    for chunk in chunks:
+        if (keys[chunk.key].dtype is None) != (chunk.layout is None):
+            raise ValueError(f"{chunk.key!r} is an object and a tensor at once")
 
 
 def payload_bytes_of(layout: Layout) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 DCP_METADATA = ".metadata"
@@ -19,10 +19,14 @@ _MANIFEST = re.compile(r"manifest-([0-9]+)\.json\Z")
 _ATTEMPT_FILE = re.compile(r"(([0-9]+)-[0-9a-f]+)/(.+)\Z", re.DOTALL)
 
 
-def new_attempt(sequence: int) -> str:
-    """The name of a data folder that nobody else has. The sequence number is padded, so that names have one length
-    (cached `.metadata` bytes are patched in place) and sort in commit order."""
-    return f"{sequence:08d}-{secrets.token_hex(8)}"
+def new_token() -> int:
+    """63 random bits: fit a signed int64, so that the ranks agree on an attempt's name in one small tensor."""
+    return secrets.randbits(63)
+
+
+def attempt_name(sequence: int, token: int) -> str:
+    """A data folder that nobody else has. Padded: names have one length and sort in commit order."""
+    return f"{sequence:08d}-{token:016x}"
 
 
 def manifest_name(sequence: int) -> str:
@@ -73,24 +77,38 @@ class StepFiles:
         data = [name for names in self.attempts.values() for name in names]
         return [sorted(self.manifests.values()), stock, data]
 
-    def superseded(self) -> list[list[str]]:
-        """Files of older saves of a committed step, manifests first, oldest first; left by a crash while re-saving."""
-        newest = self.sequence
-        assert newest is not None
-        manifests = [name for sequence, name in sorted(self.manifests.items()) if sequence < newest]
-        data = [
-            name for attempt, names in self.attempts.items() if attempt_sequence(attempt) < newest for name in names
-        ]
-        return [manifests, data]
+    def leftovers(self, newest_committed: int) -> list[list[str]]:
+        """Files of saves that are over, in order of deletion: an older save of a step that was saved again, and data
+        that never committed and never will, as its sequence number is below the newest committed one.
 
-    def dead_attempts(self, newest_committed: int) -> list[str]:
-        """Data of saves that never committed and never will: their sequence is below the newest committed one."""
-        return [
+        Of a partial step `.metadata` goes before the data: alone it would read as a foreign checkpoint.
+        """
+        current = self.sequence
+        stock = [name for name in self.other if name == DCP_METADATA and current is None and self.attempts]
+        manifests = [name for sequence, name in self.manifests.items() if sequence != current]
+        data = [
             name
             for attempt, names in self.attempts.items()
-            if attempt_sequence(attempt) < newest_committed and attempt_sequence(attempt) not in self.manifests
+            if attempt_sequence(attempt) != current and attempt_sequence(attempt) < newest_committed
             for name in names
         ]
+        return [group for group in (manifests, stock, data) if group]
+
+
+def belongs_to(name: str, sequence: int) -> bool:
+    """Whether a file of a step folder is part of the committed save `sequence`."""
+    if found := _ATTEMPT_FILE.match(name):
+        return int(found[2]) == sequence
+    return name in (DCP_METADATA, manifest_name(sequence))
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What one listing says of a run. sequences: of the committed steps. next_sequence: larger than all seen."""
+
+    sequences: Mapping[int, int]
+    foreign: frozenset[int]
+    next_sequence: int
 
 
 def attempt_sequence(attempt: str) -> int:
@@ -114,5 +132,9 @@ def read_listing(files: Mapping[str, int]) -> dict[int, StepFiles]:
     return steps
 
 
-def next_sequence(steps: Iterable[StepFiles]) -> int:
-    return 1 + max((step.max_sequence() for step in steps), default=0)
+def summarise(steps: Mapping[int, StepFiles]) -> Listing:
+    return Listing(
+        {step: files.sequence for step, files in steps.items() if files.sequence is not None},
+        frozenset(step for step, files in steps.items() if files.is_foreign),
+        1 + max((files.max_sequence() for files in steps.values()), default=0),
+    )

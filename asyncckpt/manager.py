@@ -1,0 +1,612 @@
+"""`CheckpointManager`: the order of calls, and what the training thread and the ranks see of it.
+
+A save, top to bottom: `should_save` -> a free place in the queue -> `snapshot` -> agreement and plan -> the writer
+thread (save.py), which writes, commits and prunes. A restore: which step, on all ranks -> restore.py -> agreement that
+all could. Nothing here moves bytes, and the writer thread never calls back into this file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+
+from asyncckpt import events
+from asyncckpt.errors import (
+    CheckpointError,
+    DamagedStepError,
+    RestoreError,
+    SaveError,
+    StepNotFoundError,
+)
+from asyncckpt.events import log_events
+from asyncckpt.index import RunIndex
+from asyncckpt.plan import SavePlanning, check_savable
+from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
+from asyncckpt.preemption import SigtermHandler
+from asyncckpt.ranks import Ranks
+from asyncckpt.restore import OpenStep, open_step, restore
+from asyncckpt.save import Leftover, SaveJob, Saver
+from asyncckpt.state import for_restore, for_save, restored
+from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
+from asyncckpt.storage import open_storage
+from asyncckpt.sync_point import SyncPoint
+from asyncckpt.train_state import TrainState
+from asyncckpt.verify import VerifyReport, verify_step
+from asyncckpt.writer import BackgroundWriter
+from stagers import AsyncStager, BlockingAsyncStager
+
+PREEMPTION, CLOCK = "SIGTERM", "clock"
+_STAGED, _FAILED = 0, 1
+
+
+class CheckpointManager:
+    """Saves and restores the checkpoints of one training run, under one URL.
+
+    The constructor is a collective call: with torch.distributed initialised, every rank of `process_group` makes it,
+    and later every `save`, `save_async` and `restore`, with the same steps. All methods belong to the thread that made
+    the manager. It holds page-locked (or pageable) host memory of one state per save in flight.
+
+    path: a folder or any fsspec URL (`s3://`, `gs://`, `memory://`, ...); made when the first step is saved.
+    save_interval: steps between saves; step 0 counts. save_policy: replaces it; see policy.py.
+    max_to_keep: whole steps to keep, by order of commit; 0 keeps all. keep: a policy whose steps are kept as well.
+    max_pending_async: saves taken and not yet committed, the one being written among them.
+    num_of_threads: transfers in flight on this rank; None lets storage choose.
+    process_group: who takes part; the world by default. No message is ever sent over it.
+    chkpt_on_preemption: after SIGTERM the next step saves, whatever the interval, on all ranks the same one.
+    stager: default `BlockingAsyncStager()`: right for any training loop. `OverlappingAsyncStager()` returns at once,
+        but then a parameter may be edited by hand only after `wait_staged()`. The manager closes it.
+    on_busy: when the queue is full, "wait" for a place (a stall, reported) or "skip" the save (an event says so).
+    storage_options: given to the fsspec filesystem as they are.
+    events: sinks, called with every event; see events.py.
+    save_planner, load_planner: DCP planners in place of the default ones; copied for each use.
+    safe_globals: classes that objects in a checkpoint may be made of, besides those torch's `weights_only` allows.
+    timeout: seconds for which ranks wait for each other in any phase.
+
+    Raises ValueError for wrong arguments, CheckpointError if the path cannot be listed. Source of the first seven
+    arguments and their meaning: torch_xla.experimental.distributed_checkpoint.CheckpointManager.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        save_interval: int = 1,
+        max_to_keep: int = 0,
+        max_pending_async: int = 1,
+        num_of_threads: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        chkpt_on_preemption: bool = True,
+        *,
+        stager: AsyncStager | None = None,
+        save_policy: SavePolicy | None = None,
+        keep: KeepPolicy | None = None,
+        on_busy: Literal["wait", "skip"] = "wait",
+        storage_options: Mapping[str, Any] | None = None,
+        events: Iterable[events.Sink] = (),
+        save_planner: SavePlanner | None = None,
+        load_planner: LoadPlanner | None = None,
+        safe_globals: Iterable[Any] = (),
+        timeout: float = 600.0,
+    ) -> None:
+        _check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout)
+        self._storage = open_storage(path, storage_options, num_threads=num_of_threads)
+        self._sinks = (log_events, *events)
+        self._policy = save_policy or SaveEvery(save_interval)
+        self._on_busy = on_busy
+        self._safe_globals = tuple(safe_globals)
+        self._load_planner = load_planner
+        self._stager = stager or BlockingAsyncStager()
+        self._index = RunIndex()
+        self._sigterm: SigtermHandler | None = None
+        if chkpt_on_preemption:
+            self._sigterm = SigtermHandler(self._on_sigterm)
+        try:
+            self._ranks = Ranks.join(process_group, timeout_s=timeout)
+            kept = _union(KeepLast(max_to_keep) if max_to_keep else None, keep)
+            self._saver = Saver(self._storage, self._ranks, self._index, kept, self._emit, timeout)
+            self._list_steps()
+        except BaseException:
+            self._uninstall_sigterm()
+            raise
+        self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout))
+        self._planning = SavePlanning(self._ranks, save_planner)
+        self._writer = BackgroundWriter(max_pending_async)
+        self._last_step: int | None = None
+        self._last_time = time.monotonic()
+        self._is_requested = False
+        self._preempted_at: int | None = None
+        self._is_writable = False
+        self._is_closed = False
+        _close_at_exit(self)
+
+    def __repr__(self) -> str:
+        return f"<CheckpointManager {self.url} {len(self.all_steps())} steps, {self._writer!r}>"
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as exc:
+            if error is None:
+                raise
+            error.add_note(f"Closing the checkpoint manager failed too: {exc}")
+
+    @property
+    def url(self) -> str:
+        """The run's URL, without credentials."""
+        return self._storage.url
+
+    # -- saving
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save` and `save_async` take this step: the policy wants it, or a preemption asked for it."""
+        _check_step(step)
+        if self._sync_point.reached(step):
+            self._is_requested = True
+            if PREEMPTION in self._sync_point.reasons:
+                self._preempted_at = step
+        if (failure := self._sync_point.take_failure()) is not None:
+            self._emit_now(events.Skipped, step, reason=failure)
+        return self._is_requested or self._wants(step)
+
+    def _wants(self, step: int) -> bool:
+        """The policy's answer. One that reads the clock is asked on rank 0, which has all ranks agree on a step."""
+        by_clock = uses_clock(self._policy)
+        if by_clock and not self._ranks.is_coordinator:
+            return False
+        wanted = self._policy.should_save(step, self._last_step, time.monotonic() - self._last_time)
+        if wanted and by_clock and self._ranks.world_size > 1:
+            self._sync_point.request(CLOCK)
+            return False
+        return wanted
+
+    def save_async(
+        self,
+        step: int,
+        state_dict: TrainState | Mapping[str, Any],
+        force: bool = False,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Take a checkpoint if this step is due, and return once the state is copied. True: it was taken.
+
+        To be called at every step. Blocks for a place in the queue, for the copy, and for the other ranks' word.
+        state_dict: a TrainState, or a nested dict of tensors, DTensors, plain values and `PerRank`; a top-level
+        Stateful stands for its state_dict(). It is the state at this call that is saved (see `stager`).
+        force: save at this step in any case. metrics: numbers for keep policies; NaN counts as missing.
+        metadata: JSON values for the manifest.
+        Raises what an earlier save failed with, once (SaveError); UnsafeObjectError, StagingError and ValueError for a
+        state that cannot be saved: nothing was written.
+        """
+        return self._save(step, state_dict, force, metrics, metadata)
+
+    def save(
+        self,
+        step: int,
+        state_dict: TrainState | Mapping[str, Any],
+        force: bool = False,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """`save_async`, and wait until the step is committed."""
+        taken = self._save(step, state_dict, force, metrics, metadata)
+        if taken:
+            self.join()
+        return taken
+
+    def _save(
+        self,
+        step: int,
+        state: TrainState | Mapping[str, Any],
+        force: bool,
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> bool:
+        started = time.perf_counter()
+        self._check_open()
+        self._writer.raise_failures()
+        if isinstance(state, TrainState):
+            state.step = step + 1
+        due = self.should_save(step)
+        if not due and not force:
+            return False
+        facts = _json_metadata(metadata), _finite_metrics(metrics)
+        if self._index.is_foreign(step):
+            raise SaveError(
+                f"step {step} at {self.url} holds a checkpoint of another writer (stock DCP or torch_xla), which "
+                "nothing here overwrites. Save under another path, or move that checkpoint away.",
+                step=step, url=self.url,
+            )  # fmt: skip
+        if self._on_busy == "skip" and not force and not self._is_requested and self._is_any_busy(step):
+            self._emit_now(events.Skipped, step, reason="an earlier save is still being written")
+            return False
+        wait_s = self._writer.acquire()
+        try:
+            job = self._stage(step, state, started, *facts)
+        except BaseException:
+            self._writer.release()
+            raise
+        now = time.perf_counter()
+        job.stall_s = now - started
+        self._writer.submit(lambda: self._saver.run(job))
+        self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
+        self._emit_now(
+            events.Staged, step,
+            num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=job.stall_s - wait_s, stall_s=job.stall_s,
+        )  # fmt: skip
+        return True
+
+    def _is_any_busy(self, step: int) -> bool:
+        busy = self._ranks.agree([step, self._writer.is_full], phase="save")
+        return any(row[1] for row in busy)
+
+    def _stage(
+        self,
+        step: int,
+        state: TrainState | Mapping[str, Any],
+        started: float,
+        metadata: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> SaveJob:
+        """Copy the state, agree with the other ranks that all have, and plan. A collective call."""
+        snapshot, failure = None, None
+        try:
+            self._check_writable()
+            view = for_save(state, self._ranks.rank)
+            check_savable(view, self._safe_globals)
+            if isinstance(state, TrainState) and hasattr(self._stager, "watch"):
+                for optimizer in state.optimizers:
+                    self._stager.watch(optimizer)
+            snapshot = self._stager.snapshot(view)
+        except Exception as exc:
+            failure = exc
+        try:
+            structure = getattr(snapshot, "structure", None)
+            replan = not self._planning.is_current(structure)
+            sequence, token = self._index.take_sequence(), new_token()
+            rows = self._ranks.agree([_FAILED if failure else _STAGED, step, replan, sequence, token], phase="save")
+            self._raise_disagreement(step, rows, failure)
+            assert snapshot is not None
+            planned = self._planning.plan(snapshot.state_dict, structure, replan=any(row[2] for row in rows))
+        except BaseException:
+            if snapshot is not None:
+                snapshot.wait()
+                snapshot.release()
+            raise
+        _, _, _, sequence, token = rows[0]
+        return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, metadata, metrics, started)
+
+    def _raise_disagreement(self, step: int, rows: list[list[int]], failure: Exception | None) -> None:
+        if failure is not None:
+            self._emit_now(events.Failed, step, phase="stage", error=failure)
+            raise failure
+        for rank, row in enumerate(rows):
+            if row[1] != step:
+                raise SaveError(
+                    f"rank {rank} saves step {row[1]} while rank {self._ranks.rank} saves step {step} at {self.url}. "
+                    "Nothing was written. Call save on all ranks with the same steps.",
+                    step=step, url=self.url, rank=rank,
+                )  # fmt: skip
+            if row[0] == _FAILED:
+                raise SaveError(
+                    f"step {step} at {self.url} was not saved: rank {rank} could not stage its state, see its error. "
+                    "Nothing was written.",
+                    step=step, url=self.url, rank=rank,
+                )  # fmt: skip
+
+    def _check_writable(self) -> None:
+        """At the first save, so that a run that only reads needs no permission to write."""
+        if self._is_writable or not self._ranks.is_coordinator:
+            return
+        try:
+            self._storage.check_writable()
+        except OSError as exc:
+            raise SaveError(
+                f"{self.url} cannot be written to: {exc}. Nothing was written. "
+                "Check that the folder or bucket exists, and the permissions.",
+                url=self.url,
+            ) from exc
+        self._is_writable = True
+
+    def prewarm(self, state_dict: TrainState | Mapping[str, Any]) -> None:
+        """Allocate and page-lock the buffers of a save, so that the first one costs no more than the others."""
+        self._stager.prewarm(for_save(state_dict, self._ranks.rank))
+
+    def wait_staged(self) -> None:
+        """Block until every copy in flight is complete: any tensor may then be edited by hand."""
+        self._stager.synchronize_staging()
+
+    def join(self) -> None:
+        """Wait until every save taken is committed. Raises what failed."""
+        self._writer.join()
+        self._writer.raise_failures()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether a preemption notice has come and its save was due at this step or before: time to leave the loop."""
+        if self._sigterm is None:
+            raise ValueError("reached_preemption needs a manager made with chkpt_on_preemption=True")
+        _check_step(step)
+        return self._preempted_at is not None and step >= self._preempted_at
+
+    # -- steps
+
+    def all_steps(self) -> list[int]:
+        """The committed steps, sorted. No I/O: as of the constructor, `refresh()`, and this run's own commits."""
+        return self._index.all_steps()
+
+    def latest_step(self) -> int | None:
+        """The highest committed step number, or None."""
+        return max(self.all_steps(), default=None)
+
+    def refresh(self) -> None:
+        """List the steps in storage again. A collective call; for jobs that follow another run."""
+        self._writer.join()
+        self._list_steps()
+
+    def protect(self, step: int) -> None:
+        """Keep a step from retention, for the life of this manager."""
+        _check_step(step)
+        self._index.protect(step)
+
+    def verify(self, step: int) -> VerifyReport:
+        """Read every byte of a step and compare it with its checksums. Not collective; blocks for as long as it takes.
+
+        Raises DamagedStepError with every difference, StepNotFoundError.
+        """
+        self._check_known(step)
+        return verify_step(self._storage, self._open(step))
+
+    # -- restoring
+
+    def restore(self, step: int, state_dict: TrainState | dict[str, Any], *, strict: bool = False) -> None:
+        """Read a step into the tensors of `state_dict`, in place, and into its containers for other values.
+
+        A collective call. Any number of ranks may restore what any other number saved. The layout of DTensors is the
+        target's. Checksums are verified.
+        state_dict: what `save` takes; a fresh optimizer in it must be primed (`prime_optimizer`), a TrainState does so.
+        strict: keys of the checkpoint that `state_dict` lacks are an error, too, instead of an event.
+        Raises StepNotFoundError; StateMismatchError that lists all missing keys and all differing shapes and dtypes:
+        nothing was changed; UnsafeObjectError; DamagedStepError: `state_dict` may be half overwritten.
+        """
+        self._check_open()
+        self._check_known(step)
+        self._restore(step, state_dict, strict, skipped=())
+
+    def restore_latest(self, state_dict: TrainState | dict[str, Any]) -> int | None:
+        """Restore the step committed last, or, where that is damaged, the one before it, and so on; the step restored.
+
+        None: there is no step, and nothing was changed. A damaged step may leave tensors half overwritten, but then
+        the next one overwrites the same keys; if none is whole, DamagedStepError says that the state is unusable.
+        """
+        self._check_open()
+        self._writer.join()
+        damaged: list[int] = []
+        last_error: Exception | None = None
+        for step, _ in reversed(self._index.by_commit()):
+            try:
+                self._restore(step, state_dict, strict=False, skipped=tuple(damaged))
+            except DamagedStepError as exc:
+                damaged.append(step)
+                last_error = exc
+            else:
+                return step
+        if last_error is not None:
+            raise DamagedStepError(
+                f"no step at {self.url} is whole, tried {damaged}. The state may be half overwritten: do not train on. "
+                f"The last error: {last_error}",
+                url=self.url,
+            ) from last_error
+        return None
+
+    def _restore(self, step: int, state: TrainState | dict[str, Any], strict: bool, skipped: tuple[int, ...]) -> None:
+        started = time.perf_counter()
+        self.wait_staged()
+        failure: Exception | None = None
+        num_bytes = 0
+        ignored: tuple[str, ...] = ()
+        try:
+            num_bytes, ignored = self._read(step, state, strict)
+        except Exception as exc:
+            failure = exc
+            self._emit_now(events.Failed, step, phase="restore", error=exc)
+        rows = self._ranks.agree(
+            [_FAILED if failure else _STAGED, step, isinstance(failure, DamagedStepError)], phase="restore"
+        )
+        if failure is not None:
+            raise failure
+        for rank, row in enumerate(rows):
+            if row[1] != step or row[0] == _FAILED:
+                what = f"restores step {row[1]}" if row[1] != step else "could not restore, see its error"
+                kind = DamagedStepError if row[2] else RestoreError
+                raise kind(f"step {step} at {self.url}: rank {rank} {what}", step=step, url=self.url, rank=rank)
+        self._emit_now(
+            events.Restored, step,
+            num_bytes=num_bytes, restore_s=time.perf_counter() - started, ignored_keys=ignored, skipped_steps=skipped,
+        )  # fmt: skip
+
+    def _read(self, step: int, state: TrainState | dict[str, Any], strict: bool) -> tuple[int, tuple[str, ...]]:
+        for attempt in range(3):
+            opened = self._open(step)
+            target = for_restore(state, opened.metadata.state_dict_metadata.keys(), self._ranks.rank)
+            try:
+                found = restore(
+                    self._storage, opened, target, self._ranks,
+                    load_planner=self._load_planner, safe_globals=self._safe_globals, strict=strict,
+                )  # fmt: skip
+            except DamagedStepError as exc:
+                if attempt < 2 and isinstance(exc.__cause__, FileNotFoundError) and self._was_saved_again(step, opened):
+                    continue
+                exc.step, exc.url = step, self.url
+                raise
+            restored(state, target, step)
+            return found
+        raise AssertionError("unreachable")
+
+    def _was_saved_again(self, step: int, opened: OpenStep) -> bool:
+        """Whether another run committed the step anew and deleted the files we were reading."""
+        newest = self._open(step).manifest
+        return newest is not None and opened.manifest is not None and newest.head != opened.manifest.head
+
+    def _open(self, step: int) -> OpenStep:
+        try:
+            return open_step(self._storage, str(step))
+        except StepNotFoundError as exc:
+            raise self._unknown(step) from exc
+        except OSError as exc:
+            raise RestoreError(
+                f"step {step} at {self.url} cannot be read: {exc}. Nothing was changed.", step=step, url=self.url
+            ) from exc
+
+    def _check_known(self, step: int) -> None:
+        _check_step(step)
+        if step not in self._index.all_steps() and not self._index.is_foreign(step):
+            self._writer.join()  # it may be in flight
+            if step not in self._index.all_steps():
+                raise self._unknown(step)
+
+    def _unknown(self, step: int) -> StepNotFoundError:
+        known = self.all_steps()
+        return StepNotFoundError(
+            f"there is no whole step {step} at {self.url}; committed are {known or 'none'}. Nothing was changed. "
+            "If another run writes there, call refresh() first.",
+            known=known, step=step, url=self.url,
+        )  # fmt: skip
+
+    # -- the rest
+
+    def close(self) -> None:
+        """Finish every save taken, then let go of threads, buffers and the signal handler; idempotent.
+
+        Raises what failed in the background, once.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._writer.close()
+        finally:
+            self._sync_point.close()
+            self._stager.close()
+            self._ranks.close()
+            self._uninstall_sigterm()
+        self._writer.raise_failures()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError(f"the CheckpointManager of {self.url} is closed; make a new one")
+
+    def _list_steps(self) -> None:
+        """One listing, by the coordinator, told to all."""
+        steps: dict[int, StepFiles] = {}
+        summary: Any = None
+        if self._ranks.is_coordinator:
+            try:
+                steps = read_listing(self._storage.list_files())
+                summary = summarise(steps)
+            except OSError as exc:
+                summary = exc
+        summary = self._ranks.broadcast_object(summary, phase="list")
+        if isinstance(summary, OSError):
+            raise CheckpointError(
+                f"the steps at {self.url} cannot be listed: {summary}. Nothing was changed. "
+                "Check the path, that the bucket exists, and the permissions.",
+                url=self.url,
+            ) from summary
+        self._index.load(summary, steps)
+        newest = max(summary.sequences.values(), default=0)
+        # Saves to come have higher numbers than all there are: after the first of them every partial step is dead.
+        self._saver.leftovers = [
+            Leftover(step, groups, mend=files.sequence is not None)
+            for step, files in steps.items()
+            if (groups := files.leftovers(max(newest, summary.next_sequence)))
+        ]
+
+    def _on_sigterm(self) -> None:
+        sync_point = getattr(self, "_sync_point", None)
+        if sync_point is not None:  # else the signal came while the constructor was still busy
+            sync_point.request(PREEMPTION)
+
+    def _uninstall_sigterm(self) -> None:
+        if self._sigterm is not None:
+            self._sigterm.uninstall()
+
+    def _emit(self, event: events.Event) -> None:
+        events.emit(self._sinks, event)
+
+    def _emit_now(self, kind: Callable[..., events.Event], step: int, **values: Any) -> None:
+        self._emit(kind(url=self.url, step=step, rank=self._ranks.rank, time_s=time.time(), **values))
+
+
+def _close_at_exit(manager: CheckpointManager) -> None:
+    """Drain at interpreter exit, before Python stops its thread pools: a plain atexit handler would come too late for
+    fsspec's clients, which resolve names in one."""
+    reference = weakref.ref(manager)
+
+    def drain() -> None:
+        if (alive := reference()) is not None:
+            alive.close()
+
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        register(drain)
+
+
+def _union(first: KeepPolicy | None, second: KeepPolicy | None) -> KeepPolicy | None:
+    return KeepAny(first, second) if first and second else first or second
+
+
+def _check_arguments(
+    save_interval: int,
+    max_to_keep: int,
+    max_pending_async: int,
+    num_of_threads: int | None,
+    on_busy: str,
+    timeout: float,
+) -> None:
+    for name, value, least in (
+        ("save_interval", save_interval, 1),
+        ("max_to_keep", max_to_keep, 0),
+        ("max_pending_async", max_pending_async, 1),
+        ("num_of_threads", 1 if num_of_threads is None else num_of_threads, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+    if on_busy not in ("wait", "skip"):
+        raise ValueError(f'on_busy must be "wait" or "skip", got {on_busy!r}')
+    if not timeout > 0:
+        raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}")
+
+
+def _check_step(step: int) -> None:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be a whole number of 0 or more, got {step!r}")
+
+
+def _json_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError) as exc:
+        raise ValueError(f"metadata must be JSON values: {exc}. Nothing was written.") from exc
+    return copied
+
+
+def _finite_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    try:
+        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
+    except (TypeError, ValueError) as exc:
+        raise ValueError(f"metrics must be numbers: {exc}. Nothing was written.") from exc
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}

@@ -1,0 +1,147 @@
+"""Who writes what: DCP's planners, asked only when the structure of the state changed.
+
+Runs on the training thread, because a change of structure is exchanged between the ranks with collectives; in steady
+state it costs a comparison. Also the state dict's walk that the planners' flattening implies: leaves by fqn. Called by
+manager.py; writing is shard.py's job, reading restore.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.stateful import Stateful
+
+from asyncckpt.errors import SaveError
+from asyncckpt.objects import check_object
+from asyncckpt.ranks import Ranks
+
+StateDict = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf of a nested state dict, and where it hangs: `container[key] is value`."""
+
+    value: Any
+    container: Any
+    key: Any
+
+
+def resolve_stateful(state_dict: Mapping[str, Any]) -> StateDict:
+    """Top-level `Stateful` values replaced by their state_dict(), as in DCP."""
+    return {
+        key: value.state_dict() if isinstance(value, Stateful) and not isinstance(value, Mapping) else value
+        for key, value in state_dict.items()
+    }
+
+
+def leaves(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:
+    """{fqn: leaf} by the rules of DCP's `flatten_state_dict`, but keeping each leaf's own container and key: DCP turns
+    keys into str on the way, so that a value under an int key would be restored to a new key. ValueError: two leaves
+    have one fqn."""
+    found: dict[str, Leaf] = {}
+    for path, leaf in _walk((), state_dict):
+        fqn = ".".join(map(str, path))
+        if fqn in found:
+            raise ValueError(
+                f"two values of the state dict flatten to the key {fqn!r}: checkpoint keys join the path with dots. "
+                "Nothing was written. Rename one of the two."
+            )
+        found[fqn] = leaf
+    return found
+
+
+def _walk(path: tuple[Any, ...], container: Any) -> Iterator[tuple[tuple[Any, ...], Leaf]]:
+    entries = container.items() if isinstance(container, Mapping) else enumerate(container)
+    for key, value in entries:
+        if isinstance(value, Mapping) or (isinstance(value, list) and _is_split(value)):
+            yield from _walk((*path, key), value)
+        else:
+            yield (*path, key), Leaf(value, container, key)
+
+
+def _is_split(values: list[Any]) -> bool:
+    """DCP splits a list if a tensor or a mapping is in it, however deep in lists; else it is one object."""
+    return any(
+        isinstance(value, (torch.Tensor, Mapping)) or (isinstance(value, list) and _is_split(value)) for value in values
+    )
+
+
+def check_savable(state_dict: Mapping[str, Any], safe_globals: Iterable[Any]) -> None:
+    """Raise before anything is copied or written: duplicate keys (ValueError), objects that could not be loaded back
+    (UnsafeObjectError)."""
+    for fqn, leaf in leaves(state_dict).items():
+        if not isinstance(leaf.value, torch.Tensor) and not hasattr(leaf.value, "__create_write_items__"):
+            check_object(leaf.value, safe_globals, fqn)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSave:
+    """What the writer needs. planner: holds the staged state dict. metadata: only on the coordinator."""
+
+    plan: SavePlan
+    planner: SavePlanner
+    metadata: Metadata | None
+
+
+class SavePlanning:
+    """Plans of one manager, kept while the structure stays the same. Training thread only."""
+
+    def __init__(self, ranks: Ranks, save_planner: SavePlanner | None) -> None:
+        self._ranks = ranks
+        self._template = save_planner or DefaultSavePlanner()
+        self._structure: int | None = None
+        self._plan: SavePlan | None = None
+        self._metadata: Metadata | None = None
+
+    def is_current(self, structure: int | None) -> bool:
+        """Whether the plan at hand fits a state dict of this structure (a stager's `snapshot.structure`)."""
+        return self._plan is not None and structure is not None and structure == self._structure
+
+    def plan(self, state_dict: StateDict, structure: int | None, *, replan: bool) -> PlannedSave:
+        """A plan for the staged `state_dict`. replan: a collective call, asked for if any rank's structure changed."""
+        # A copy, because the planner holds one save's tensors while the writer may still be busy with another's.
+        planner = copy.copy(self._template)
+        planner.set_up_planner(state_dict=state_dict, is_coordinator=self._ranks.is_coordinator)
+        if replan:
+            self._plan = None
+            self._plan, self._metadata = self._exchange(planner)
+            self._structure = structure
+        assert self._plan is not None
+        return PlannedSave(self._plan, planner, self._metadata)
+
+    def _exchange(self, planner: SavePlanner) -> tuple[SavePlan, Metadata | None]:
+        """Local plans to the coordinator, the global plan back. A failure anywhere is raised everywhere."""
+        local: SavePlan | Exception = _attempt(planner.create_local_plan)
+        if self._ranks.world_size == 1:
+            plans, metadata = planner.create_global_plan([_value(local)])
+            return planner.finish_plan(plans[0]), metadata
+        local_plans = self._ranks.gather_objects(local, phase="plan")
+        made: Any = None
+        parts: list[Any] | None = None
+        if self._ranks.is_coordinator:
+            made = _attempt(lambda: planner.create_global_plan([_value(plan) for plan in local_plans]))
+            parts = [made] * self._ranks.world_size if isinstance(made, Exception) else list(made[0])
+        mine = self._ranks.scatter_objects(parts, phase="plan")
+        return planner.finish_plan(_value(mine)), made[1] if self._ranks.is_coordinator else None
+
+
+def _attempt(function: Callable[[], Any]) -> Any:
+    """The result or, so that the other ranks hear of it, the exception as a value."""
+    try:
+        return function()
+    except Exception as exc:
+        return exc
+
+
+def _value(result: Any) -> Any:
+    if isinstance(result, Exception):
+        raise SaveError(f"the save could not be planned: {result}. Nothing was written.") from result
+    return result

@@ -1,0 +1,212 @@
+"""One step back into a state dict: open it, compare it with the target, plan, read.
+
+Nothing of the target is touched before keys, shapes and dtypes were compared. A step is opened by its manifest; a
+foreign one (stock DCP) by its `.metadata` through the restricted unpickler. Reading and verifying bytes is read.py's
+job; which step is newest, and what the ranks agree on, is manager.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+
+from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
+from asyncckpt.errors import DamagedStepError, StateMismatchError, StepNotFoundError
+from asyncckpt.framing import encode_object
+from asyncckpt.manifest import Chunk, Manifest, ManifestError, decode_manifest
+from asyncckpt.objects import load_object
+from asyncckpt.plan import Leaf, leaves
+from asyncckpt.ranks import Ranks
+from asyncckpt.read import read_items
+from asyncckpt.steps import DCP_METADATA, StepFiles, read_step_files
+from asyncckpt.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStep:
+    """A step ready to be read. folder: below the storage's root, "" for the root itself. manifest: None if foreign.
+
+    metadata: DCP's, of all keys; its storage_data tells where the items are, relative to `data_folder`.
+    """
+
+    folder: str
+    data_folder: str
+    manifest: Manifest | None
+    metadata: Metadata
+
+    @property
+    def where(self) -> Mapping[MetadataIndex, Chunk | _StorageInfo]:
+        found: Mapping[MetadataIndex, Chunk | _StorageInfo] = self.metadata.storage_data
+        return found
+
+
+def open_step(storage: Storage, folder: str) -> OpenStep:
+    """Open the newest committed save of a step folder, or the foreign checkpoint in it.
+
+    Raises StepNotFoundError (nothing whole is there), DamagedStepError.
+    """
+    while True:
+        files = read_step_files(_below(storage.list_files(folder), folder))
+        if files.sequence is None:
+            return _open_foreign(storage, folder, files)
+        try:
+            manifest = read_manifest(storage, folder, files)
+        except FileNotFoundError:  # the step was saved again between the listing and the read: look again
+            continue
+        data_folder = join(folder, manifest.head.attempt)
+        return OpenStep(folder, data_folder, manifest, metadata_of(manifest.keys, manifest.chunks))
+
+
+def read_manifest(storage: Storage, folder: str, files: StepFiles) -> Manifest:
+    """The newest manifest of a step. FileNotFoundError if it is gone by now, DamagedStepError if it is unreadable."""
+    assert files.sequence is not None
+    path = join(folder, files.manifests[files.sequence])
+    try:
+        return decode_manifest(storage.read_file(path))
+    except ManifestError as exc:
+        raise DamagedStepError(
+            f"the manifest {path} at {storage.url} is damaged: {exc}. Nothing was changed. "
+            "Restore another step, or use restore_latest, which skips this one."
+        ) from exc
+
+
+def _open_foreign(storage: Storage, folder: str, files: StepFiles) -> OpenStep:
+    if not files.is_foreign or DCP_METADATA not in files.other:
+        state = "a save that was never committed" if files.attempts else "no checkpoint"
+        raise StepNotFoundError(f"{join(storage.url, folder)} holds {state}", known=[], url=storage.url)
+    path = join(folder, DCP_METADATA)
+    try:
+        metadata = unpickle_metadata(storage.read_file(path))
+    except ValueError as exc:
+        raise DamagedStepError(f"{path} at {storage.url} is damaged: {exc}. Nothing was changed.") from exc
+    for index, info in metadata.storage_data.items():
+        if not isinstance(info, _StorageInfo) or info.transform_descriptors:
+            raise DamagedStepError(
+                f"{path} at {storage.url}: {index.fqn!r} was stored through {info}, which only the writer of this "
+                "checkpoint can read. Load it with torch.distributed.checkpoint.load and save it again."
+            )
+    return OpenStep(folder, folder, None, metadata)
+
+
+def restore(
+    storage: Storage,
+    step: OpenStep,
+    state_dict: dict[str, Any],
+    ranks: Ranks,
+    *,
+    load_planner: LoadPlanner | None,
+    safe_globals: Iterable[Any],
+    strict: bool,
+) -> tuple[int, tuple[str, ...]]:
+    """Read a step into the tensors and containers of a nested state dict; (bytes read, keys not asked for).
+
+    load_planner: a user's; it alone then decides about missing keys. StateMismatchError: nothing was changed.
+    """
+    targets = leaves(state_dict)
+    ignored = tuple(sorted(step.metadata.state_dict_metadata.keys() - targets.keys()))
+    where = f"the checkpoint at {join(storage.url, step.folder)}"
+    _compare(targets, step.metadata, where, ignored if strict else (), check_missing=load_planner is None)
+    planner = _SafeLoadPlanner(targets, safe_globals) if load_planner is None else copy.copy(load_planner)
+    plan = _plan(planner, state_dict, _restricted(step.metadata, targets, load_planner), ranks)
+    reader: Any = planner if load_planner is None else Reserialising(planner, safe_globals)
+    return read_items(storage, step.data_folder, step.where, plan.items, reader), ignored
+
+
+def _restricted(metadata: Metadata, targets: Mapping[str, Leaf], load_planner: LoadPlanner | None) -> Metadata:
+    """Only the wanted keys: DCP's planner takes any other key for a sign of a checkpoint of torch 2.3."""
+    if load_planner is not None:
+        return metadata
+    entries = {fqn: entry for fqn, entry in metadata.state_dict_metadata.items() if fqn in targets}
+    return Metadata(entries, metadata.planner_data, metadata.storage_data)
+
+
+def _compare(
+    targets: Mapping[str, Leaf], metadata: Metadata, where: str, unexpected: tuple[str, ...], *, check_missing: bool
+) -> None:
+    missing = [fqn for fqn in targets if fqn not in metadata.state_dict_metadata] if check_missing else []
+    problems = [f"missing in the checkpoint: {fqn!r}" for fqn in missing]
+    problems += [f"not in the state dict: {fqn!r}" for fqn in unexpected]
+    for fqn, leaf in targets.items():
+        saved = metadata.state_dict_metadata.get(fqn)
+        if saved is not None and (difference := _difference(saved, leaf.value)):
+            problems.append(f"{fqn!r}: {difference}")
+    if problems:
+        raise StateMismatchError(
+            f"{where} does not fit the state dict, {len(problems)} keys differ. Nothing was changed.\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _difference(saved: Any, value: Any) -> str:
+    is_tensor = isinstance(value, torch.Tensor)
+    if not isinstance(saved, TensorStorageMetadata):
+        return f"an object in the checkpoint, {_describe(value)} in the state dict" if is_tensor else ""
+    found = f"{saved.properties.dtype} {tuple(saved.size)} in the checkpoint"
+    if not is_tensor:
+        return f"{found}, {type(value).__name__} in the state dict"
+    if tuple(saved.size) != tuple(value.size()) or saved.properties.dtype != value.dtype:
+        return f"{found}, {_describe(value)} in the state dict"
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        return f"{found}; an expanded tensor cannot be filled in place, give a contiguous one"
+    return ""
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.size())}"
+
+
+def _plan(planner: LoadPlanner, state_dict: dict[str, Any], metadata: Metadata, ranks: Ranks) -> LoadPlan:
+    planner.set_up_planner(state_dict=state_dict, metadata=metadata, is_coordinator=ranks.is_coordinator)
+    plan = planner.create_local_plan()
+    if type(planner).create_global_plan is DefaultLoadPlanner.create_global_plan:
+        return planner.finish_plan(plan)  # torch's global load plan is the local ones: nothing to exchange
+    if ranks.world_size == 1:
+        return planner.finish_plan(planner.create_global_plan([plan])[0])
+    plans = ranks.gather_objects(plan, phase="restore")
+    mine = ranks.scatter_objects(planner.create_global_plan(plans) if ranks.is_coordinator else None, phase="restore")
+    return planner.finish_plan(mine)
+
+
+class _SafeLoadPlanner(DefaultLoadPlanner):
+    """DCP's planner, except that objects load without running code, and into the key they came from."""
+
+    def __init__(self, targets: Mapping[str, Leaf], safe_globals: Iterable[Any]) -> None:
+        super().__init__()
+        self._targets = targets
+        self._safe_globals = safe_globals
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        fqn = read_item.dest_index.fqn
+        leaf = self._targets[fqn]
+        leaf.container[leaf.key] = load_object(value.getvalue(), self._safe_globals, fqn)
+
+
+class Reserialising:
+    """A planner that may unpickle without limits sees only bytes that we wrote ourselves, from a safe load."""
+
+    def __init__(self, planner: LoadPlanner, safe_globals: Iterable[Any]) -> None:
+        self._planner = planner
+        self._safe_globals = safe_globals
+        self.resolve_tensor = planner.resolve_tensor
+        self.commit_tensor = planner.commit_tensor
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        safe = load_object(value.getvalue(), self._safe_globals, read_item.storage_index.fqn)
+        self._planner.load_bytes(read_item, io.BytesIO(encode_object(safe)))
+
+
+def _below(files: Mapping[str, int], folder: str) -> dict[str, int]:
+    return {path.removeprefix(f"{folder}/") if folder else path: size for path, size in files.items()}
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

@@ -1,0 +1,337 @@
+"""One save after it was staged, on the writer thread: wait for the copy, write, agree, commit, prune.
+
+Every rank writes its own files; the coordinator alone commits, when all ranks are durable, and alone deletes. The ranks
+talk through store keys with deadlines, never collectives. Whatever fails is raised here, on every rank, with the last
+committed step untouched; the manager's writer keeps it for the training loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from asyncckpt import events
+from asyncckpt.dcp_metadata import pickle_metadata
+from asyncckpt.errors import CheckpointError, CommitError, DamagedStepError, SaveError, WriteError
+from asyncckpt.framing import crc32
+from asyncckpt.index import RunIndex
+from asyncckpt.manifest import (
+    Chunk,
+    FileRecord,
+    Head,
+    Key,
+    Manifest,
+    decode_records,
+    encode_manifest,
+    encode_records,
+    keys_of,
+)
+from asyncckpt.plan import PlannedSave
+from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
+from asyncckpt.ranks import Ranks
+from asyncckpt.restore import join, read_manifest
+from asyncckpt.shard import write_items
+from asyncckpt.steps import DCP_METADATA, StepFiles, belongs_to, manifest_name
+from asyncckpt.storage import Storage
+from asyncckpt.version import __version__
+from stagers import StagedSnapshot
+
+
+@dataclass(slots=True)
+class SaveJob:
+    """started: `time.perf_counter()` at the call. stall_s: what the call took of the training loop, in seconds."""
+
+    step: int
+    sequence: int
+    attempt: str
+    snapshot: StagedSnapshot
+    planned: PlannedSave
+    metadata: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    started: float
+    stall_s: float = 0.0
+
+    @property
+    def folder(self) -> str:
+        return f"{self.step}/{self.attempt}"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Files of a step folder that nothing refers to any more. groups: deleted one after the other, in this order.
+
+    mend: the step was saved again, so its `.metadata` (`stock`, or made from the manifest) is to be written first:
+    until then it speaks of the old data.
+    """
+
+    step: int
+    groups: list[list[str]]
+    mend: bool = False
+    stock: bytes | None = None
+    whole: bool = False
+
+
+@dataclass(slots=True)
+class _Verdict:
+    """What the ranks agree a save came to. error: "" if it is committed; rank, phase: where it failed."""
+
+    error: str = ""
+    phase: str = "write"
+    rank: int = 0
+    num_bytes: int = 0
+    pruned: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Saver:
+    """The writer thread's half of a manager. emit: hands an event to the sinks. timeout_s: for the slowest rank."""
+
+    storage: Storage
+    ranks: Ranks
+    index: RunIndex
+    keep: KeepPolicy | None
+    emit: Callable[[events.Event], None]
+    timeout_s: float
+    leftovers: list[Leftover] = field(default_factory=list)
+    """Found by the listing at the start, or still undeleted; taken on after each commit."""
+    _known: dict[int, CommittedStep] = field(default_factory=dict)
+    _finished_attempt: str | None = None
+
+    def run(self, job: SaveJob) -> None:
+        report, error = self._write(job)
+        if self.ranks.world_size > 1:
+            self.ranks.post(f"{job.attempt}/written", _reply(error, report))
+        if self.ranks.is_coordinator:
+            verdict, cause = self._decide(job, report, error)
+        else:
+            verdict, cause = self._await_verdict(job), error
+        if verdict.error:
+            raise self._failed(job, verdict, cause)
+        if not self.ranks.is_coordinator:
+            self.index.commit(job.step, job.sequence, [])
+            self.index.remove(verdict.pruned)
+        durable_s = time.perf_counter() - job.started
+        self._emit(
+            events.Committed, job.step,
+            sequence=job.sequence, num_bytes=verdict.num_bytes, stall_s=job.stall_s, durable_s=durable_s,
+        )  # fmt: skip
+        self._delete_leftovers()
+
+    # -- this rank's files
+
+    def _write(self, job: SaveJob) -> tuple[bytes, Exception | None]:
+        """(what the coordinator has to know, None), or (b"", why not). The staged buffers are free afterwards."""
+        waiting = time.perf_counter()
+        try:
+            job.snapshot.wait()
+            writing = time.perf_counter()
+            planned = job.planned
+            chunks, files = write_items(self.storage, job.folder, self.ranks.rank, planned.plan.items, planned.planner)
+        except Exception as exc:
+            return b"", exc
+        finally:
+            job.snapshot.release()
+        self._emit(
+            events.Written, job.step,
+            num_bytes=sum(file.size for file in files), num_files=len(files),
+            copy_s=writing - waiting, write_s=time.perf_counter() - writing,
+        )  # fmt: skip
+        return encode_records(chunks, files), None
+
+    # -- the ranks' verdict on a save
+
+    def _decide(self, job: SaveJob, report: bytes, error: Exception | None) -> tuple[_Verdict, Exception | None]:
+        """On the coordinator: commit if every rank is durable, and tell everybody. (verdict, its cause if known)"""
+        verdict = _Verdict()
+        try:
+            replies = [("" if error is None else _describe(error), report)]
+            if self.ranks.world_size > 1:
+                replies = [_parse(data) for data in self.ranks.collect(f"{job.attempt}/written", self.timeout_s)]
+            failed = [rank for rank, (text, _) in enumerate(replies) if text]
+            if failed:
+                verdict.rank, verdict.error = failed[0], replies[failed[0]][0]
+                self._discard(job)  # all ranks have stopped writing
+            else:
+                verdict.phase = "commit"
+                verdict.num_bytes, verdict.pruned = self._commit(job, [report for _, report in replies])
+        except Exception as exc:
+            error, verdict.error = exc, _describe(exc)
+        if self.ranks.world_size > 1:
+            self.ranks.announce(f"{job.attempt}/verdict", json.dumps(asdict(verdict)).encode())
+            if self._finished_attempt is not None and not isinstance(error, TimeoutError):
+                # Every rank has posted for this save, so it has read the verdict on the one before.
+                self.ranks.forget(f"{self._finished_attempt}/written")
+                self.ranks.forget(f"{self._finished_attempt}/verdict")
+            self._finished_attempt = job.attempt
+        return verdict, error
+
+    def _await_verdict(self, job: SaveJob) -> _Verdict:
+        try:  # the coordinator may itself wait `timeout_s` for the slowest rank before it speaks
+            return _Verdict(**json.loads(self.ranks.await_announcement(f"{job.attempt}/verdict", 2 * self.timeout_s)))
+        except TimeoutError as exc:
+            return _Verdict(error=_describe(exc), phase="commit", rank=0)
+
+    def _discard(self, job: SaveJob) -> None:
+        """Free the space of a failed save as far as possible; what stays goes after a commit of a later run."""
+        with contextlib.suppress(OSError):
+            self.storage.delete(self.storage.list_files(job.folder))
+
+    # -- the coordinator's part
+
+    def _commit(self, job: SaveJob, reports: Sequence[bytes]) -> tuple[int, list[int]]:
+        """Make the step visible and choose what retention drops: (bytes of all files, steps to prune)."""
+        chunks: list[Chunk] = []
+        files: list[FileRecord] = []
+        for report in reports:
+            rank_chunks, rank_files = decode_records(report)
+            chunks += rank_chunks
+            files += rank_files
+        before = self.index.files_of(job.step)
+        manifest, stock = self._manifest(job, chunks, files)
+        commit_step(self.storage, str(job.step), manifest, None if before.manifests else stock)
+        names = [f"{job.attempt}/{file.name}" for file in files]
+        self.index.commit(job.step, job.sequence, [*names, DCP_METADATA, manifest_name(job.sequence)])
+        self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
+        if before.manifests:
+            before.manifests[job.sequence] = manifest_name(job.sequence)
+            self.leftovers.append(Leftover(job.step, before.leftovers(job.sequence), mend=True, stock=stock))
+        pruned = self._prunable(job.step)
+        for step in pruned:
+            self.leftovers.append(Leftover(step, self.index.files_of(step).in_deletion_order(), whole=True))
+        self.index.remove(pruned)
+        return manifest.num_bytes, pruned
+
+    def _manifest(self, job: SaveJob, chunks: list[Chunk], files: list[FileRecord]) -> tuple[Manifest, bytes]:
+        assert job.planned.metadata is not None
+        head = Head(
+            job.step, job.sequence, job.attempt, uuid.uuid4().hex, self.ranks.world_size, torch.__version__,
+            __version__, job.metadata, job.metrics,
+        )  # fmt: skip
+        return make_manifest(head, keys_of(job.planned.metadata), chunks, files)
+
+    def _prunable(self, newest: int) -> list[int]:
+        if self.keep is None:
+            return []
+        try:
+            steps, unreadable = self._by_commit(self.keep)
+            return prunable(steps, self.keep, protected=self.index.protected() | unreadable, now_s=time.time())
+        except Exception as exc:  # a user's policy failed: the checkpoint is whole all the same
+            self._emit(events.Failed, newest, phase="prune", error=exc)
+            return []
+
+    def _by_commit(self, keep: KeepPolicy) -> tuple[list[CommittedStep], set[int]]:
+        """All steps in order of commit, and those whose manifest does not read: nothing deletes a damaged step."""
+        steps, unreadable = [], set()
+        for step, sequence in self.index.by_commit():
+            committed = CommittedStep(step, sequence)
+            if needs_metadata(keep):
+                try:
+                    committed = self._known.get(step) or self._read_committed(step, sequence)
+                except (CheckpointError, OSError):
+                    unreadable.add(step)
+            steps.append(committed)
+        return steps, unreadable
+
+    def _read_committed(self, step: int, sequence: int) -> CommittedStep:
+        head = read_manifest(self.storage, str(step), self.index.files_of(step)).head
+        self._known[step] = CommittedStep(step, sequence, head.time_s, head.metrics)
+        return self._known[step]
+
+    def _delete_leftovers(self) -> None:
+        """What fails is tried again after the next commit: a step is whole whether or not an old one is gone."""
+        work, self.leftovers = self.leftovers, []
+        for leftover in work:
+            started = time.perf_counter()
+            try:
+                if leftover.mend:
+                    mend_step(self.storage, leftover.step, self.index.files_of(leftover.step), leftover.stock)
+                current = self.index.sequence_of(leftover.step)  # the step may have been saved since
+                for group in leftover.groups:
+                    over = [name for name in group if current is None or not belongs_to(name, current)]
+                    self.storage.delete([f"{leftover.step}/{name}" for name in over])
+            except DamagedStepError:
+                continue  # nothing mends a damaged step, and its older save may be all there is
+            except OSError as exc:
+                self.leftovers.append(leftover)
+                self._emit(events.Failed, leftover.step, phase="prune", error=exc)
+                continue
+            self._emit(
+                events.Pruned, leftover.step,
+                whole=leftover.whole, num_files=sum(map(len, leftover.groups)),
+                prune_s=time.perf_counter() - started,
+            )  # fmt: skip
+
+    # -- telling
+
+    def _failed(self, job: SaveJob, verdict: _Verdict, cause: Exception | None) -> SaveError:
+        """The error for the training loop; also an event."""
+        newest = self.index.by_commit()
+        safe = f"the newest committed step is {newest[-1][0]}" if newest else "no step was committed yet"
+        kind = CommitError if verdict.phase == "commit" else WriteError
+        error = kind(
+            f"step {job.step} at {self.storage.url} was not saved: rank {verdict.rank} failed to {verdict.phase}: "
+            f"{verdict.error}. Nothing committed is lost; {safe}. Training can go on, the next save is tried as usual.",
+            step=job.step, url=self.storage.url, rank=verdict.rank,
+        )  # fmt: skip
+        error.__cause__ = cause
+        self._emit(events.Failed, job.step, phase=verdict.phase, error=error)
+        return error
+
+    def _emit(self, kind: type[events.Event], step: int, **values: Any) -> None:
+        self.emit(kind(url=self.storage.url, step=step, rank=self.ranks.rank, time_s=time.time(), **values))
+
+
+def make_manifest(
+    head: Head, keys: Mapping[str, Key], chunks: Sequence[Chunk], files: Sequence[FileRecord]
+) -> tuple[Manifest, bytes]:
+    """The manifest of a step and the stock `.metadata` that belongs to it."""
+    stock = pickle_metadata(keys, chunks, head.attempt, head.save_id)
+    return Manifest(head, keys, chunks, files, len(stock), crc32(stock)), stock
+
+
+def commit_step(storage: Storage, folder: str, manifest: Manifest, stock: bytes | None) -> None:
+    """Create the manifest: the commit. All it names must be durable.
+
+    stock: the `.metadata`, written first, so that it is there when the step is. None where the step is committed
+    already: until the new manifest is there the old save is the step, so its `.metadata` is replaced afterwards.
+    """
+    if stock is not None:
+        storage.replace(join(folder, DCP_METADATA), stock)
+    path = join(folder, manifest_name(manifest.head.sequence))
+    try:
+        storage.create(path, encode_manifest(manifest))
+    except FileExistsError as exc:
+        raise CommitError(
+            f"another run committed {path} in the meantime. Nothing was overwritten; two runs must not write to one "
+            "path: end one of them, or give it a path of its own",
+            step=manifest.head.step, url=storage.url,
+        ) from exc  # fmt: skip
+
+
+def mend_step(storage: Storage, step: int, files: StepFiles, stock: bytes | None) -> None:
+    """Write the `.metadata` that belongs to a step's newest manifest. DamagedStepError: that does not read."""
+    if stock is None:
+        manifest = read_manifest(storage, str(step), files)
+        head = manifest.head
+        stock = pickle_metadata(manifest.keys, manifest.chunks, head.attempt, head.save_id)
+    storage.replace(f"{step}/{DCP_METADATA}", stock)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _reply(error: Exception | None, report: bytes) -> bytes:
+    return json.dumps("" if error is None else _describe(error)).encode() + b"\n" + report
+
+
+def _parse(reply: bytes) -> tuple[str, bytes]:
+    error, report = reply.split(b"\n", 1)
+    return json.loads(error), report

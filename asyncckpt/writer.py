@@ -1,0 +1,105 @@
+"""The background thread of a manager: a bounded queue, one save at a time, in order; failures kept until raised once.
+
+    thread     may touch                                          never
+    training   acquire, submit, join, raise_failures, close       does storage I/O of a save
+    writer     runs the jobs, appends failures                    runs a collective (ranks.py says why)
+
+State changes only under the one condition, and nothing is waited for or called under it but the condition itself.
+What a job does is save.py's affair.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+
+class BackgroundWriter:
+    """max_pending: saves taken and not yet finished, the one being written among them."""
+
+    def __init__(self, max_pending: int) -> None:
+        self._max_pending = max_pending
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._num_pending = 0
+        self._failures: deque[Exception] = deque()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        with self._changed:
+            return f"<BackgroundWriter {self._num_pending}/{self._max_pending} pending, {len(self._failures)} failed>"
+
+    @property
+    def is_full(self) -> bool:
+        with self._changed:
+            return self._num_pending >= self._max_pending
+
+    def acquire(self) -> float:
+        """Wait for a place in the queue and take it; seconds waited. Give it back by `submit` or `release`."""
+        started = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_pending < self._max_pending)
+            self._num_pending += 1
+        return time.perf_counter() - started
+
+    def release(self) -> None:
+        """Give back a place that was taken for a save that came to nothing."""
+        with self._changed:
+            self._num_pending -= 1
+            self._changed.notify_all()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job in the place that `acquire` took. What it raises is raised by `raise_failures`."""
+        with self._changed:
+            self._jobs.append(job)
+            if self._thread is None:  # daemon: a job that hangs must not keep the process from ending
+                self._thread = threading.Thread(target=self._run, name="asyncckpt-writer", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Wait until nothing is pending."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_pending == 0)
+
+    def raise_failures(self) -> None:
+        """Raise what failed in the background since the last call: the first failure, with notes on the others."""
+        with self._changed:
+            failures = list(self._failures)
+            self._failures.clear()
+        if failures:
+            for other in failures[1:]:
+                failures[0].add_note(f"Another save failed too: {other}")
+            raise failures[0]
+
+    def close(self) -> None:
+        """Finish what is pending and end the thread; idempotent. Failures stay for `raise_failures`."""
+        self.join()
+        with self._changed:
+            self._closing = True
+            thread, self._thread = self._thread, None
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while (job := self._next_job()) is not None:
+            failure: Exception | None = None
+            try:
+                job()
+            except Exception as exc:
+                failure = exc
+            del job  # it holds the staged copy
+            with self._changed:
+                if failure is not None:
+                    self._failures.append(failure)
+                self._num_pending -= 1
+                self._changed.notify_all()
+
+    def _next_job(self) -> Callable[[], None] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            return self._jobs.popleft() if self._jobs else None
