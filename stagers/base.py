@@ -29,6 +29,9 @@ class StagedSnapshot(Protocol):
     """Payload bytes of the distinct tensors."""
     stall_s: float
     """Seconds for which the call that made the snapshot kept its caller."""
+    structure: int
+    """Changes from one snapshot of a stager to the next exactly if keys, nesting, shapes, dtypes, strides, devices,
+    placements or ties changed; values that are no tensors, and lists of such values, do not count."""
 
     def wait(self) -> None:
         """Block until the copy is complete. Raises StagingError if it failed or the source changed under it."""
@@ -61,8 +64,8 @@ class AsyncStager(Protocol):
         """An owned copy of this moment of `state_dict`; see the class for what may still be in flight on return."""
         ...
 
-    def prewarm(self, state_dict: StateDict) -> None:
-        """Allocate, touch and page-lock the buffers that a snapshot of `state_dict` needs; copies nothing."""
+    def prewarm(self, state_dict: StateDict, *, num_snapshots: int = 1) -> None:
+        """Allocate, touch and page-lock the buffers for `num_snapshots` snapshots at a time; copies nothing."""
         ...
 
     def close(self) -> None:

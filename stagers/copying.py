@@ -1,0 +1,65 @@
+"""Bytes from source tensors into views of a slab; the only file that knows streams and events.
+
+Copies from devices with streams are enqueued and end with an event; all others are complete on return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STREAM_DEVICES = ("cuda", "xpu")
+
+
+class SideStreams:
+    """One stream per device beside the one that trains, made when first needed."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.Stream] = {}
+
+    def after_current(self, device: torch.device) -> torch.Stream:
+        """The side stream of `device`, behind all work queued on its current stream so far."""
+        stream = self._streams.get(device)
+        if stream is None:
+            # On the training thread: made elsewhere, it could be the stream that trains (a note in DefaultStager).
+            stream = self._streams[device] = torch.Stream(device=device)
+        stream.wait_stream(torch.accelerator.current_stream(device))
+        return stream
+
+
+def copy(views: Sequence[Tensor], sources: Sequence[Tensor], side: SideStreams | None = None) -> list[torch.Event]:
+    """Copy `sources` as they are at this point of the program; wait for the events before reading `views`.
+
+    Without `side`, device copies go into the current stream: work queued later finds them done, so it may change the
+    sources. With `side` they run beside later work, which must not change the sources before the events.
+    """
+    events: list[torch.Event] = []
+    devices = {source.device for source in sources}
+    try:
+        for device in devices:
+            mine = (
+                range(len(sources)) if len(devices) == 1 else [i for i, s in enumerate(sources) if s.device == device]
+            )
+            events += _copy_from(device, [views[i] for i in mine], [sources[i] for i in mine], side)
+    except BaseException:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # copies queued before the failure still write to the views
+        raise
+    return events
+
+
+def _copy_from(
+    device: torch.device, views: list[Tensor], sources: list[Tensor], side: SideStreams | None
+) -> list[torch.Event]:
+    if device.type not in STREAM_DEVICES:
+        torch._foreach_copy_(views, sources)
+        return []
+    if side is None:
+        torch._foreach_copy_(views, sources, non_blocking=True)
+        return [torch.accelerator.current_stream(device).record_event()]
+    stream = side.after_current(device)
+    with stream:
+        torch._foreach_copy_(views, sources, non_blocking=True)
+    return [stream.record_event()]
