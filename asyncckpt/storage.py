@@ -2,18 +2,27 @@
 
 Paths are relative to the storage's root, with "/" between parts, and never start with "/". Implementations:
 `LocalStorage` (storage_local.py) for folders, `FsspecStorage` (storage_fsspec.py) for everything else;
-`open_storage(url, options)` chooses. Storages are safe to use from several threads.
+`open_storage(url, options)` chooses. Storages are safe to use from several threads, and not after a fork while another
+thread uses them.
+
+Names that start with `.tmp-` belong to the storage: half-made files of `create` and `replace`, and probes. They are
+never listed.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+
+TEMP_PREFIX = ".tmp-"
 
 
 class Storage(Protocol):
     """Every call blocks; what it wrote is durable on return. Errors are `OSError`s (FileNotFoundError, PermissionError,
-    FileExistsError, ...) whose text names the operation and the path, never a credential."""
+    FileExistsError, ...) whose text names the operation and the path, never a credential. Trying again may help with
+    errno EBUSY (throttled), EIO, ETIMEDOUT and ECONNRESET."""
 
     url: str
     """The root as the user wrote it, without credentials: for messages."""
@@ -26,12 +35,16 @@ class Storage(Protocol):
         `path` is fresh: nobody else writes it, and nothing refers to it yet. Missing parents are made. A view stays
         valid and unchanged until this call returns. Views are asked for in order, from one thread, and no further
         ahead than writing needs. If the iterator or a write raises, the file is removed as far as possible and the
-        exception propagates.
+        exception propagates. Iterators that yield more or less than `size` bytes are a ValueError.
         """
         ...
 
     def create(self, path: str, data: bytes) -> None:
-        """Write a small file atomically, only if it is absent: FileExistsError otherwise."""
+        """Write a small file atomically, only if it is absent: FileExistsError otherwise.
+
+        On object stores a file that holds exactly `data` counts as written by this call: the answer to its first try
+        may have been lost.
+        """
         ...
 
     def replace(self, path: str, data: bytes) -> None:
@@ -63,10 +76,37 @@ class Storage(Protocol):
 
 
 def open_storage(
-    url: str, storage_options: Mapping[str, Any] | None = None, *, num_threads: int | None = None
+    url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, *, num_threads: int | None = None
 ) -> Storage:
     """The storage for a URL or a local path. ValueError for a protocol that fsspec does not know.
 
-    storage_options: reach the fsspec filesystem unchanged. num_threads: transfers in flight per file; None chooses.
+    storage_options: reach the fsspec filesystem unchanged; a folder needs none. num_threads: transfers in flight per
+    file; None chooses.
     """
-    raise NotImplementedError
+    # Imported here: both import this file, and fsspec and the clients behind it are slow to import.
+    from fsspec import available_protocols
+    from fsspec.utils import get_protocol
+
+    from asyncckpt.storage_fsspec import FsspecStorage
+    from asyncckpt.storage_local import LocalStorage
+
+    url = os.fspath(url)
+    protocol = get_protocol(url)
+    if protocol in ("file", "local"):
+        return LocalStorage(url, num_threads=num_threads)
+    if protocol not in available_protocols():
+        raise ValueError(f"{redact(url)}: unknown protocol {protocol!r}; known are {', '.join(available_protocols())}")
+    return FsspecStorage(url, storage_options, num_threads=num_threads)
+
+
+def check_path(path: str) -> str:
+    """`path` as it is. ValueError unless it stays below the root: no empty part, no "." or "..", not absolute."""
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r} is not a path relative to the storage's root")
+    return path
+
+
+def redact(text: str) -> str:
+    """`text` with the user info and the query values of the URLs in it replaced by "***"."""
+    text = re.sub(r"(?<=://)([^/@\s]*:[^@\s]*|[^/@\s]+)@", "***@", text)  # an S3 secret may hold a "/"
+    return re.sub(r"(?<=[?&])([\w.-]+)=[^&\s'\"]+", r"\1=***", text)

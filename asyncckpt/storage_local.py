@@ -1,0 +1,266 @@
+"""Checkpoint files in a folder: their names, made atomically and durable by fsync, their listing and their removal.
+
+`LocalStorage` is what `open_storage` returns for a path or a file:// URL. It knows nothing of checkpoints; how bytes
+get in and out of an open file is in local_file.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+from asyncckpt.local_file import NO_DIRECT_IO, O_DIRECT, FileWriter, named_errors, read_ranges, write_full
+from asyncckpt.storage import TEMP_PREFIX, check_path, redact
+
+TEMP_GRACE_S = 3600.0  # a guess: nothing of ours keeps a temporary name that long
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class LocalStorage:
+    """A `Storage` in a folder; see there for every contract.
+
+    `create` and `replace` write `.tmp-*` in the file's own folder. One that a crash left is never listed, and goes with
+    its folder: `delete` takes a folder for empty that holds nothing but such files older than an hour. Symbolic links
+    below the root are neither listed nor followed by `list_files`.
+    """
+
+    max_file_bytes = 1 << 40  # ext4 ends at 16 TiB
+
+    def __init__(self, url: str, *, num_threads: int | None = None) -> None:
+        from fsspec.implementations.local import LocalFileSystem  # knows file://, ~ and relative paths
+
+        self.url = redact(url)
+        self.root: str = LocalFileSystem._strip_protocol(url)
+        self._num_threads = num_threads or 4
+
+    def __repr__(self) -> str:
+        return f"<LocalStorage {self.url}>"
+
+    def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        target, what = self._absolute(path), self._what("write", path)
+        with named_errors(what):
+            descriptor = _open_direct(target)
+        try:
+            with FileWriter(descriptor, size, self._num_threads, what) as writer:
+                for view in views:
+                    writer.put(view)
+                writer.finish()
+            with named_errors(what):
+                _fsync_folder(os.path.dirname(target))
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(target)
+                self._remove_empty(os.path.dirname(path))  # no listing would show it, so nobody else would
+            raise
+        finally:
+            os.close(descriptor)
+
+    def create(self, path: str, data: bytes) -> None:
+        with named_errors(self._what("create", path)):
+            target = self._absolute(path)
+            temporary = _write_temporary(target, data)
+            try:
+                _link(temporary, target)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            _fsync_folder(os.path.dirname(target))
+
+    def replace(self, path: str, data: bytes) -> None:
+        with named_errors(self._what("replace", path)):
+            target = self._absolute(path)
+            temporary = _write_temporary(target, data)
+            try:
+                os.replace(temporary, target)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+            _fsync_folder(os.path.dirname(target))
+
+    def read_file(self, path: str) -> bytes:
+        with named_errors(self._what("read", path)), open(self._absolute(path), "rb") as file:
+            return file.read()
+
+    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        with named_errors(self._what("read", path)):
+            descriptor = os.open(self._absolute(path), os.O_RDONLY)
+            try:
+                read_ranges(descriptor, ranges, self._num_threads)
+            except EOFError as exc:
+                raise EOFError(f"{self._what('read', path)}: {exc}") from None
+            finally:
+                os.close(descriptor)
+
+    def list_files(self, prefix: str = "") -> Mapping[str, int]:
+        files: dict[str, int] = {}
+        folders = [check_path(prefix.rstrip("/")) if prefix else ""]
+        with named_errors(self._what("list", prefix)):
+            while folders:
+                folder = folders.pop()
+                for entry in _scan(os.path.join(self.root, folder)):
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(name)
+                    elif entry.is_file(follow_symlinks=False) and not entry.name.startswith(TEMP_PREFIX):
+                        with suppress(FileNotFoundError):  # deleted since the scan
+                            files[name] = entry.stat(follow_symlinks=False).st_size
+        return files
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Durable on return too: what a caller deletes next never vanishes in a crash before what it deleted first."""
+        names = [check_path(path) for path in paths]
+        failures: list[OSError] = []
+        for path in names:
+            with _collecting(failures, path):
+                os.unlink(os.path.join(self.root, path))
+        folders = {os.path.dirname(path) for path in names}
+        for folder in sorted(folders, key=len, reverse=True):
+            with _collecting(failures, folder):
+                _fsync_folder(os.path.join(self.root, folder))
+            with _collecting(failures, folder):
+                self._remove_empty(folder)
+        if failures:
+            reasons = "; ".join(str(failure) for failure in failures[:3])
+            message = f"delete at {self.url}: {len(failures)} of {len(names)} files or their folders failed: {reasons}"
+            raise OSError(failures[0].errno, message) from ExceptionGroup("delete", failures)
+
+    def check_writable(self) -> None:
+        with named_errors(self._what("write to", "")):
+            probe = os.path.join(self.root, TEMP_PREFIX + secrets.token_hex(8))
+            os.close(_open_new(probe, os.O_EXCL))
+            os.unlink(probe)
+
+    def _absolute(self, path: str) -> str:
+        return os.path.join(self.root, check_path(path))
+
+    def _what(self, operation: str, path: str) -> str:
+        return f"{operation} {path} at {self.url}" if path else f"{operation} {self.url}"
+
+    def _remove_empty(self, folder: str) -> None:
+        """Remove `folder` and those above it for as long as they are empty; never the root."""
+        while folder:
+            full = os.path.join(self.root, folder)
+            entries = _scan(full)
+            if all(_is_leftover(entry) for entry in entries):
+                for entry in entries:
+                    os.unlink(entry.path)
+            try:
+                os.rmdir(full)
+            except FileNotFoundError:
+                pass
+            except OSError as exc:
+                if exc.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    return
+                raise
+            folder = os.path.dirname(folder)
+
+
+def _open_direct(path: str) -> int:
+    try:
+        return _open_new(path, os.O_TRUNC | O_DIRECT)
+    except OSError as exc:
+        if exc.errno not in NO_DIRECT_IO:
+            raise
+        return _open_new(path, os.O_TRUNC)
+
+
+def _open_new(path: str, flags: int) -> int:
+    """Open for writing, making the folders above. Tries again where a `delete` elsewhere removed one as empty."""
+    for attempt in range(5):
+        try:
+            _make_folder(os.path.dirname(path))
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
+        except FileNotFoundError:
+            if attempt == 4:
+                raise
+    raise AssertionError
+
+
+def _make_folder(path: str) -> None:
+    """Make the folder and those above; a new name is durable once the folder that holds it is synced."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent != path:
+        _make_folder(parent)
+    try:
+        os.mkdir(path)
+    except FileExistsError:  # made by another thread or rank at this moment, or a file
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, f"{path} is not a folder") from None
+    _fsync_folder(parent)
+
+
+def _fsync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network filesystems have no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_temporary(target: str, data: bytes) -> str:
+    """The path of a new, durable file beside `target`."""
+    path = os.path.join(os.path.dirname(target), TEMP_PREFIX + secrets.token_hex(8))
+    descriptor = _open_new(path, os.O_EXCL)
+    try:
+        write_full(descriptor, memoryview(data), 0)
+        os.fsync(descriptor)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def _link(temporary: str, target: str) -> None:
+    """Give the file its name. A link refuses to replace, a rename does not."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        if os.stat(temporary).st_nlink == 1:  # 2: NFS lost the answer to a link that succeeded
+            raise
+    except OSError as exc:
+        if exc.errno not in _NO_HARD_LINKS:
+            raise
+        # exFAT and some FUSE filesystems: exclusive against one writer only, which is what a run has.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from exc
+        os.rename(temporary, target)
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    """Its entries; none if it is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _is_leftover(entry: os.DirEntry[str]) -> bool:
+    if not entry.name.startswith(TEMP_PREFIX):
+        return False
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime < time.time() - TEMP_GRACE_S
+    except FileNotFoundError:
+        return True
+
+
+@contextmanager
+def _collecting(failures: list[OSError], path: str) -> Iterator[None]:
+    """A file or folder that is not there is as good as deleted; other errors are kept for later."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as exc:
+        failures.append(OSError(exc.errno, f"{path}: {exc.strerror}"))
