@@ -1,0 +1,299 @@
+"""Checkpoint files at any fsspec URL: S3 and GCS first, memory:// for tests, the rest as well as their filesystem does.
+
+`FsspecStorage` is what `open_storage` returns for a URL with a protocol. Its job is to make fsspec's filesystems keep
+the promises of `Storage`, each trap named where it is avoided; large files to S3 go through s3_upload.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from inspect import Parameter, signature
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
+
+from asyncckpt.client_errors import OUT_OF_RANGE, named_client_errors
+from asyncckpt.s3_upload import S3Upload
+from asyncckpt.storage import TEMP_PREFIX, check_path, redact
+
+MIB = 1 << 20
+READ_BYTES = 16 * MIB  # of one request
+READ_GAP_BYTES = 64 << 10  # a guess: fetching this much for nothing is cheaper than one more request
+MAX_READ_IN_FLIGHT_BYTES = 64 * MIB  # cat_ranges hands out copies, all at once
+DELETE_KEYS = 1000  # of one DeleteObjects request, the limit of S3
+HONOURS_CREATE = ("s3fs", "gcsfs")  # others look first: exclusive against one writer only, which is what a run has
+
+
+class FsspecStorage:
+    """A `Storage` on an fsspec filesystem; see there for every contract.
+
+    storage_options reach the filesystem, over two settings of ours: no listing cache, no instance shared with others.
+    num_threads: requests in flight for one file. `write_file` sends a file to S3 as it lies in memory; elsewhere its
+    views are joined first, so `max_file_bytes` is what one call may add to memory.
+    """
+
+    part_bytes = 16 * MIB
+    """Of one part of a large file on S3. Measured against radosgw: 16 MiB x 8 in flight reach the server's limit."""
+
+    def __init__(
+        self, url: str, storage_options: Mapping[str, Any] | None = None, *, num_threads: int | None = None
+    ) -> None:
+        self.url = redact(url)
+        self._full_url = url
+        self._options = dict(storage_options or {})
+        self._num_threads = num_threads or 8
+        fsspec.get_filesystem_class(get_protocol(url))  # an ImportError says which package is missing
+        self._open()
+        self.max_file_bytes = {"s3fs": 128 << 30, "gcsfs": 1 << 30}.get(self._client, 64 * MIB)
+
+    def __repr__(self) -> str:
+        return f"<FsspecStorage {self.url} by {self._client}>"
+
+    def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        full, what = self._full(path), self._what("write", path)
+        if self._client == "s3fs":
+            upload = S3Upload(self._filesystem, full, what, part_bytes=self.part_bytes, num_in_flight=self._num_threads)
+            upload.write(size, views)
+            return
+        pieces = list(views)
+        # gcsfs sends a memoryview without a copy; other filesystems are only known to take bytes.
+        data = pieces[0] if len(pieces) == 1 and self._client == "gcsfs" else b"".join(pieces)
+        if len(data) != size:
+            raise ValueError(f"the views hold {len(data)} bytes, {size} were announced")
+        try:
+            self._pipe_and_check(full, data, what)
+        except BaseException:
+            with suppress(Exception):
+                self._filesystem.rm_file(full)
+            raise
+
+    def create(self, path: str, data: bytes) -> None:
+        full = self._full(path)
+        try:
+            with named_client_errors(self._what("create", path)):
+                self._create(full, data)
+        except FileExistsError:
+            # A client that tries again after a lost answer meets its own first try.
+            if self.read_file(path) != data:
+                raise
+
+    def replace(self, path: str, data: bytes) -> None:
+        full = self._full(path)
+        with named_client_errors(self._what("replace", path)):
+            self._pipe(full, data)
+
+    def read_file(self, path: str) -> bytes:
+        # By default s3fs reads large objects in chunks: no single moment of a file that is replaced, and never retried.
+        full, whole = self._full(path), {"max_concurrency": 1} if self._client == "s3fs" else {}
+        with named_client_errors(self._what("read", path)):
+            data: bytes = self._filesystem.cat_file(full, **whole)
+            return data
+
+    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+        full, what = self._full(path), self._what("read", path)
+        for batch in _batches(_requests(ranges)):
+            starts, ends = [request[0] for request in batch], [request[1] for request in batch]
+            try:
+                with named_client_errors(what):
+                    # Without on_error exceptions come back in place of bytes.
+                    chunks = self._filesystem.cat_ranges([full] * len(batch), starts, ends, on_error="raise")
+            except OSError as exc:
+                if exc.errno == OUT_OF_RANGE:
+                    raise EOFError(f"{what}: the file is shorter than the {max(ends)} bytes asked for") from exc
+                raise
+            for (start, end, views), chunk in zip(batch, chunks, strict=True):
+                if len(chunk) != end - start:
+                    raise EOFError(f"{what}: the file ends at byte {start + len(chunk)}, byte {end - 1} was asked for")
+                for offset, view in views:
+                    view[:] = memoryview(chunk)[offset - start : offset - start + len(view)]
+
+    def list_files(self, prefix: str = "") -> Mapping[str, int]:
+        folder = self._full(prefix.rstrip("/")) if prefix else self._root
+        with named_client_errors(self._what("list", prefix)):
+            self._filesystem.invalidate_cache()
+            try:
+                found = self._filesystem.find(folder, detail=True)
+            except FileNotFoundError:
+                if self._client in ("s3fs", "gcsfs"):  # there it is the bucket that is missing
+                    raise
+                found = {}
+        files = {}
+        for name, info in found.items():
+            path = name[len(self._root) + 1 :]
+            is_file = info.get("type", "file") == "file" and not name.endswith("/")
+            if is_file and name.startswith(f"{folder}/") and not path.rpartition("/")[2].startswith(TEMP_PREFIX):
+                files[path] = info.get("size") or 0
+        return files
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Not by `fs.rm`: it takes names for patterns, so that a `run[1]` deletes in `run1`, and on S3 hides errors."""
+        names = [self._full(path) for path in paths]
+        failures = self._delete_s3(names) if self._client == "s3fs" else self._delete_each(names)
+        if failures:
+            reasons = "; ".join(str(failure) for failure in failures[:3])
+            message = f"{self._what('delete at', '')}: {len(failures)} of {len(names)} files failed: {reasons}"
+            raise OSError(failures[0].errno, message) from ExceptionGroup("delete", failures)
+
+    def check_writable(self) -> None:
+        probe = self._full(TEMP_PREFIX + secrets.token_hex(8))
+        with named_client_errors(self._what("write to", "")):
+            self._pipe(probe, b"asyncckpt")
+        with suppress(Exception):  # who may not delete may still write
+            self._filesystem.rm_file(probe)
+
+    @property
+    def _filesystem(self) -> Any:
+        if self._pid != os.getpid():  # a filesystem's loop and connections belong to the process that made them
+            self._open()
+        return self._opened
+
+    def _open(self) -> None:
+        self._pid = os.getpid()
+        with named_client_errors(self._what("open", "")):
+            self._opened, root = _open_filesystem(self._full_url, self._options)
+        self._root = str(root).rstrip("/")
+        self._client = type(self._opened).__module__.partition(".")[0]
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{check_path(path)}"
+
+    def _what(self, operation: str, path: str) -> str:
+        return f"{operation} {path} at {self.url}" if path else f"{operation} {self.url}"
+
+    def _create(self, full: str, data: bytes) -> None:
+        filesystem = self._filesystem
+        if get_protocol(self._full_url) == "memory":
+            # Its own create looks first and stores afterwards, so that two threads can both win.
+            from fsspec.implementations.memory import MemoryFile
+
+            mine = MemoryFile(filesystem, full, data)
+            if filesystem.store.setdefault(full, mine) is not mine:
+                raise FileExistsError("the file exists")
+            return
+        # Also where create is honoured: some servers behind the S3 protocol ignore the condition (rclone, s3rver).
+        if filesystem.exists(full):
+            raise FileExistsError("the file exists")
+        self._pipe(full, data, **({"mode": "create"} if self._client in HONOURS_CREATE else {}))
+
+    def _pipe_and_check(self, full: str, data: bytes | memoryview, what: str) -> None:
+        with named_client_errors(what):
+            self._pipe(full, data)
+            stored = self._filesystem.size(full)
+        if stored != len(data):
+            raise OSError(errno.EIO, f"{what}: {stored} bytes were stored, {len(data)} were sent")
+
+    def _pipe(self, full: str, data: bytes | memoryview, **options: Any) -> None:
+        """One object in one call. Never through `open(full, "wb")`: an exception in its block publishes the half."""
+        filesystem = self._filesystem
+        if isinstance(filesystem, AsyncFileSystem):
+            options["timeout"] = 30.0 + len(data) / MIB  # else a peer that stops reading is waited for without end
+        if self._client == "s3fs":
+            options["chunksize"] = 5 << 30  # one PUT: radosgw ignores the condition of a create on a multipart upload
+        if self._client == "gcsfs":
+            options["chunksize"] = 32 * MIB
+        try:
+            filesystem.pipe_file(full, data, **options)
+        except FileNotFoundError:
+            if self._client in ("s3fs", "gcsfs"):  # no such bucket
+                raise
+            filesystem.makedirs(full.rpartition("/")[0], exist_ok=True)
+            filesystem.pipe_file(full, data, **options)
+
+    def _delete_s3(self, names: Sequence[str]) -> list[OSError]:
+        failures: list[OSError] = []
+        filesystem = self._filesystem
+        for start in range(0, len(names), DELETE_KEYS):
+            keys = [filesystem.split_path(name)[:2] for name in names[start : start + DELETE_KEYS]]
+            request = {"Objects": [{"Key": key} for _, key in keys], "Quiet": True}
+            try:
+                with named_client_errors(self._what("delete at", "")):
+                    answer = sync(
+                        filesystem.loop, filesystem._call_s3, "delete_objects", Bucket=keys[0][0], Delete=request
+                    )
+            except OSError as exc:
+                failures.append(exc)
+                continue
+            failures += [
+                PermissionError(errno.EACCES, f"{error['Key']}: {error.get('Code')} {error.get('Message', '')}")
+                for error in answer.get("Errors", ())
+            ]
+        return failures
+
+    def _delete_each(self, names: Sequence[str]) -> list[OSError]:
+        def delete(name: str) -> OSError | None:
+            try:
+                with named_client_errors(name):
+                    filesystem.rm_file(name)
+            except FileNotFoundError:
+                return None
+            except OSError as exc:
+                return exc
+            return None
+
+        filesystem = self._filesystem
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            return [failure for failure in pool.map(delete, names) if failure]
+
+
+def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """A filesystem of our own, and the root's path in it."""
+    protocol = get_protocol(url)
+    kind = fsspec.get_filesystem_class(protocol)
+    settings: dict[str, Any] = {"skip_instance_cache": True}
+    parameters = signature(kind.__init__).parameters.values()
+    if any(p.kind is Parameter.VAR_KEYWORD or p.name == "use_listings_cache" for p in parameters):
+        settings["use_listings_cache"] = False  # cached listings never expire: new objects stay unseen
+    settings |= options
+    if protocol in ("gs", "gcs") and (settings.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST")):
+        # The class registered for gs:// asks every new bucket for its layout by gRPC, which no emulator speaks: it
+        # retries for 81 s, at every call.
+        from gcsfs.core import GCSFileSystem
+
+        return GCSFileSystem(**settings), GCSFileSystem._strip_protocol(url)
+    filesystem, root = url_to_fs(url, **settings)
+    return filesystem, root
+
+
+_Request = tuple[int, int, list[tuple[int, memoryview]]]
+
+
+def _requests(ranges: Sequence[tuple[int, memoryview]]) -> Iterator[_Request]:
+    """(start, end, [(offset, view)]): large views cut, near ones fetched together, in the order of the file."""
+    pieces = [
+        (offset + at, view[at : at + READ_BYTES]) for offset, view in ranges for at in range(0, len(view), READ_BYTES)
+    ]
+    pieces.sort(key=lambda piece: piece[0])
+    request: _Request | None = None
+    for start, view in pieces:
+        end = start + len(view)
+        if request and start <= request[1] + READ_GAP_BYTES and end <= request[0] + READ_BYTES:
+            request[2].append((start, view))
+            request = (request[0], max(end, request[1]), request[2])
+            continue
+        if request:
+            yield request
+        request = (start, end, [(start, view)])
+    if request:
+        yield request
+
+
+def _batches(requests: Iterable[_Request]) -> Iterator[list[_Request]]:
+    """As many at a time as may be held in memory."""
+    batch: list[_Request] = []
+    room = MAX_READ_IN_FLIGHT_BYTES
+    for request in requests:
+        room -= request[1] - request[0]
+        if batch and room < 0:
+            yield batch
+            batch, room = [], MAX_READ_IN_FLIGHT_BYTES - (request[1] - request[0])
+        batch.append(request)
+    if batch:
+        yield batch
