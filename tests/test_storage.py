@@ -1,0 +1,741 @@
+"""Every storage passes `StorageTests`; below it, what is particular to each: durability, direct writes, S3's parts."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncckpt import local_file, s3_upload
+from asyncckpt.storage import Storage, open_storage, redact
+from asyncckpt.storage_fsspec import FsspecStorage
+from asyncckpt.storage_local import LocalStorage
+
+pytest.register_assert_rewrite("asyncckpt.testing")
+
+from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage, StorageTests, cut_views  # noqa: E402
+
+MIB = 1 << 20
+
+
+class TestLocalStorage(StorageTests):
+    @pytest.fixture
+    def open_storage(self, tmp_path):
+        return lambda: open_storage(tmp_path / "new" / "run")
+
+
+class TestLocalStorageInMemory(StorageTests):
+    """A filesystem that has no disk to write to directly."""
+
+    @pytest.fixture
+    def open_storage(self):
+        if not os.path.isdir("/dev/shm"):
+            pytest.skip("no /dev/shm")
+        root = Path("/dev/shm") / f"asyncckpt-tests-{os.getpid()}"
+        yield lambda: open_storage(str(root))
+        shutil.rmtree(root, ignore_errors=True)
+
+
+class TestMemoryStorage(StorageTests):
+    @pytest.fixture
+    def open_storage(self, memory_url):
+        return lambda: open_storage(memory_url)
+
+
+class TestS3Storage(StorageTests):
+    @pytest.fixture
+    def open_storage(self, s3_url, s3_options):
+        return lambda: open_s3(s3_url, s3_options)
+
+
+class TestGcsStorage(StorageTests):
+    create_is_exclusive = False  # the emulator's, real GCS is; no other server for gs:// can be had here
+
+    @pytest.fixture
+    def open_storage(self, gs_url, gs_options):
+        return lambda: open_storage(gs_url, gs_options)
+
+
+class TestStorageWrappers(StorageTests):
+    """Wrappers that have nothing to do change nothing."""
+
+    @pytest.fixture
+    def open_storage(self, memory_url):
+        def wrapped() -> Storage:
+            gated = GatedStorage(FaultyStorage(open_storage(memory_url), nth=10**9), matches=lambda call: False)
+            return RecordingStorage(gated)
+
+        return wrapped
+
+
+def open_s3(url: str, options: dict[str, Any]) -> FsspecStorage:
+    """With the smallest parts that S3 allows."""
+    storage = open_storage(url, options)
+    assert isinstance(storage, FsspecStorage)
+    storage.part_bytes = 5 * MIB
+    return storage
+
+
+@pytest.fixture
+def local(tmp_path) -> LocalStorage:
+    return LocalStorage(str(tmp_path / "run"))
+
+
+def aligned(size: int) -> memoryview:
+    """Random bytes in memory that begins on a page."""
+    buffer = memoryview(mmap.mmap(-1, size))
+    buffer[:] = os.urandom(size)
+    return buffer
+
+
+# --- choosing a storage
+
+
+def test_paths_of_every_kind_are_folders(tmp_path, monkeypatch):
+    """Absolute, relative, home, PathLike and file://."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for url in (
+        tmp_path / "a b",
+        f"{tmp_path}/a b",
+        "a b",
+        "~/a b",
+        f"file://{tmp_path}/a b",
+        f"local://{tmp_path}/a b",
+    ):
+        storage = open_storage(url)
+        assert isinstance(storage, LocalStorage)
+        assert storage.root == str(tmp_path / "a b")
+        assert storage.url == str(url)
+
+
+def test_an_unknown_protocol_names_the_known_ones():
+    """And no secret of the URL."""
+    with pytest.raises(ValueError, match=r"s33://\*\*\*@b: unknown protocol 's33'; known are .*s3,"):
+        open_storage("s33://user:secret@b")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://bucket/run@2", "s3://bucket/run@2"),
+        ("s3://key:sec/ret+@bucket/run", "s3://***@bucket/run"),
+        ("sftp://user@host/run", "sftp://***@host/run"),
+        ("https://h/p?X-Sig=abc&y=1#f", "https://h/p?X-Sig=***&y=***"),
+        ("/a/folder", "/a/folder"),
+    ],
+)
+def test_redact_hides_user_info_and_query_values(url, shown):
+    """And nothing else."""
+    assert redact(url) == shown
+
+
+# --- a folder: durability
+
+
+@pytest.fixture
+def fsyncs(monkeypatch) -> list[str]:
+    """The kinds of what is synced from now on: "file" or "folder"."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def counted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+
+    monkeypatch.setattr(os, "fsync", counted)
+    return synced
+
+
+def test_write_file_syncs_the_file_and_every_folder_with_a_new_name(local, fsyncs):
+    """The root's parent, the root, and the folder above the last come for three new folders; then the file's own."""
+    local.write_file("1/file", 3, iter([memoryview(b"abc")]))
+    assert fsyncs == ["folder", "folder", "file", "folder"]
+    fsyncs.clear()
+    local.write_file("1/other", 3, iter([memoryview(b"abc")]))
+    assert fsyncs == ["file", "folder"]
+
+
+@pytest.mark.parametrize("verb", ["create", "replace"])
+def test_create_and_replace_sync_the_file_before_its_name(local, fsyncs, verb):
+    """One sync each."""
+    local.check_writable()
+    fsyncs.clear()
+    getattr(local, verb)("manifest", b"data")
+    assert fsyncs == ["file", "folder"]
+
+
+def test_delete_syncs_the_folder_before_it_returns(local, fsyncs):
+    """So that what is deleted first is gone first, whatever happens."""
+    local.create("1/manifest", b"x")
+    local.create("1/file", b"x")
+    fsyncs.clear()
+    local.delete(["1/manifest"])
+    assert fsyncs == ["folder"]
+
+
+def test_delete_removes_emptied_folders_but_not_the_root(local):
+    """Upwards as far as they are empty."""
+    local.create("1/a/b/file", b"x")
+    local.create("2/file", b"x")
+    local.delete(["1/a/b/file"])
+    assert os.listdir(local.root) == ["2"]
+    local.delete(["2/file"])
+    assert os.listdir(local.root) == []
+
+
+def test_delete_reports_every_failure_after_it_tried_all(local):
+    """A folder is no file to unlink."""
+    local.create("1/a/file", b"x")
+    local.create("1/b", b"x")
+    with pytest.raises(OSError, match=r"1 of 2 files.*1/a: Is a directory") as raised:
+        local.delete(["1/a", "1/b"])
+    assert raised.value.errno == errno.EISDIR
+    assert local.list_files() == {"1/a/file": 1}
+
+
+def test_a_killed_create_leaves_a_file_that_is_not_listed_and_goes_with_its_folder(local):
+    """Once it is old enough that nobody can be at work on it."""
+    local.create("1/file", b"x")
+    leftover = Path(local.root, "1", ".tmp-0123")
+    leftover.write_bytes(b"half")
+    assert local.list_files() == {"1/file": 1}
+
+    local.delete(["1/file"])
+    assert leftover.exists()
+
+    os.utime(leftover, (time.time() - 7200,) * 2)
+    local.delete(["1/file"])
+    assert os.listdir(local.root) == []
+
+
+def test_a_refused_create_leaves_no_temporary_file(local):
+    """Nor does one that succeeds."""
+    local.create("1/file", b"x")
+    with pytest.raises(FileExistsError):
+        local.create("1/file", b"y")
+    assert os.listdir(f"{local.root}/1") == ["file"]
+
+
+def test_create_works_where_there_are_no_hard_links(local, monkeypatch):
+    """As on exFAT."""
+
+    def link(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    local.create("file", b"x")
+    with pytest.raises(FileExistsError):
+        local.create("file", b"y")
+    assert local.read_file("file") == b"x"
+
+
+def test_list_files_does_not_follow_links(local, tmp_path):
+    """Neither out of the root nor in circles."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_bytes(b"x")
+    local.create("file", b"x")
+    os.symlink(tmp_path / "outside", f"{local.root}/link")
+    os.symlink(local.root, f"{local.root}/circle")
+    assert local.list_files() == {"file": 1}
+
+
+def test_check_writable_says_that_the_root_is_a_file(tmp_path):
+    """Or that something above it is."""
+    (tmp_path / "file").write_bytes(b"")
+    for root in ("file", "file/run"):
+        with pytest.raises(NotADirectoryError, match="write to"):
+            LocalStorage(str(tmp_path / root)).check_writable()
+
+
+def test_check_writable_says_that_it_has_no_permission(tmp_path):
+    """As an ordinary user."""
+    if os.geteuid():
+        pytest.skip("needs root to become somebody else")
+    for folder in (tmp_path, *tmp_path.parents):
+        if not os.stat(folder).st_mode & 1:
+            folder.chmod(0o711)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match="write to"):
+            LocalStorage(str(tmp_path / "run")).check_writable()
+    finally:
+        os.seteuid(0)
+
+
+# --- a folder: direct writes
+
+
+@pytest.fixture
+def pwrites(monkeypatch) -> list[tuple[int, int]]:
+    """(offset, length) of every write from now on."""
+    seen: list[tuple[int, int]] = []
+    pwrite = os.pwrite
+
+    def recorded(descriptor: int, view: memoryview, offset: int) -> int:
+        seen.append((offset, len(view)))
+        return pwrite(descriptor, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", recorded)
+    return seen
+
+
+def test_a_large_aligned_view_is_written_from_where_it_is(local, pwrites):
+    """In slices, and only what does not fill 4 KiB through a block."""
+    data = aligned(33 * MIB + 5)
+    local.write_file("file", len(data), iter([data]))
+    assert sorted(pwrites) == [(0, 16 * MIB), (16 * MIB, 16 * MIB), (32 * MIB, MIB), (33 * MIB, 4096)]
+    assert local.read_file("file") == data
+
+
+def test_headers_and_payloads_meet_on_the_alignment(local, pwrites):
+    """A payload that the layout put on 4 KiB is not copied, whatever stands before and after it."""
+    header, payload, trailer = os.urandom(4096 + 100), aligned(2 * MIB), os.urandom(50)
+    gap = bytes(-len(header) % 4096)
+    views = [header, gap, payload, trailer]
+    local.write_file("file", sum(map(len, views)), map(memoryview, views))
+    assert sorted(pwrites) == [(0, 8192), (8192, 2 * MIB), (8192 + 2 * MIB, 4096)]
+    assert local.read_file("file") == b"".join(views)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 512])
+def test_views_off_the_alignment_arrive_too(local, shift):
+    """Memory and file position out of step."""
+    data = aligned(6 * MIB)[shift:]
+    local.write_file("file", len(data) + 1, iter([memoryview(b"x"), data]))
+    assert local.read_file("file") == b"x" + data
+
+
+def test_a_write_that_the_filesystem_refuses_to_make_directly_goes_through_the_cache(local, monkeypatch):
+    """The kernel's own EINVAL, for views that are aligned to nothing."""
+    monkeypatch.setattr(local_file, "ALIGNMENT", 1)
+    data = aligned(20 * MIB)[3:]
+    local.write_file("file", len(data), cut_views(data, 5 * MIB + 1, 9))
+    assert local.read_file("file") == data
+
+
+def test_a_filesystem_that_refuses_direct_files_gets_buffered_ones(tmp_path):
+    """ramfs does."""
+    with mounted(tmp_path, "ramfs") as folder:
+        storage = LocalStorage(str(folder))
+        data = aligned(5 * MIB)
+        storage.write_file("a/file", len(data), cut_views(data, 7))
+        assert storage.read_file("a/file") == data
+
+
+def test_short_writes_are_continued(local, monkeypatch):
+    """However little the kernel takes at a time."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, view, offset: pwrite(descriptor, view[:100_001], offset))
+    data = aligned(2 * MIB + 17)
+    local.write_file("file", len(data), iter([data]))
+    assert local.read_file("file") == data
+
+
+def test_short_reads_are_continued(local, monkeypatch):
+    """However little the kernel gives at a time, also in the middle of a view."""
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: preadv(descriptor, [views[0][:70_001]], offset))
+    data = os.urandom(300_000)
+    local.create("file", data)
+    out = memoryview(bytearray(len(data)))
+    local.read_into("file", [(0, out[:100_000]), (100_000, out[100_000:])])
+    assert out == data
+
+
+def test_a_full_disk_is_enospc_and_leaves_nothing(tmp_path):
+    """For every verb that writes."""
+    with mounted(tmp_path, "tmpfs", "-o", "size=1m") as folder:
+        storage = LocalStorage(str(folder))
+        data = bytes(4 * MIB)
+        for verb, write in (
+            ("write", lambda: storage.write_file("a/file", len(data), iter([memoryview(data)]))),
+            ("create", lambda: storage.create("a/file", data)),
+            ("replace", lambda: storage.replace("a/file", data)),
+        ):
+            with pytest.raises(OSError, match=f"{verb} a/file at .*No space left") as raised:
+                write()
+            assert raised.value.errno == errno.ENOSPC
+            assert storage.list_files() == {}
+            assert [name for _, _, names in os.walk(folder) for name in names] == []
+
+
+def test_write_file_returns_only_after_every_write_has_ended(local, monkeypatch):
+    """The memory is the caller's again, also when the call fails."""
+    reached, gate, ended = threading.Event(), threading.Event(), threading.Event()
+    pwrite = os.pwrite
+
+    def held(descriptor: int, view: memoryview, offset: int) -> int:
+        reached.set()
+        gate.wait(60)
+        written = pwrite(descriptor, view, offset)
+        ended.set()
+        return written
+
+    monkeypatch.setattr(os, "pwrite", held)
+    data = aligned(4 * MIB)
+
+    def views() -> Iterator[memoryview]:
+        yield data
+        assert reached.wait(60)
+        threading.Timer(0, gate.set).start()
+        raise RuntimeError("of the caller")
+
+    with pytest.raises(RuntimeError, match="of the caller"):
+        local.write_file("file", 2 * len(data), views())
+    assert ended.is_set()
+    assert local.list_files() == {}
+
+
+@contextmanager
+def mounted(tmp_path: Path, kind: str, *options: str) -> Iterator[Path]:
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", kind, *options, "none", folder], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a {kind}: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+# --- S3
+
+
+@pytest.fixture
+def s3(s3_url, s3_options) -> FsspecStorage:
+    return open_s3(s3_url, s3_options)
+
+
+@pytest.fixture
+def s3_calls(s3, monkeypatch) -> list[str]:
+    """The names of the S3 operations called from now on."""
+    calls: list[str] = []
+    call_s3 = s3._filesystem._call_s3
+
+    async def recorded(method: str, *args: Any, **kwargs: Any) -> Any:
+        calls.append(method)
+        return await call_s3(method, *args, **kwargs)
+
+    monkeypatch.setattr(s3._filesystem, "_call_s3", recorded)
+    return calls
+
+
+def around_s3(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch, method: str, act: Callable[..., Any]) -> None:
+    """Calls of `method` become `await act(call, **arguments)`, where `call` sends them."""
+    call_s3 = storage._filesystem._call_s3
+
+    async def changed(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == method:
+            return await act(call_s3, **kwargs)
+        return await call_s3(name, *args, **kwargs)
+
+    monkeypatch.setattr(storage._filesystem, "_call_s3", changed)
+
+
+def uploads_left(storage: FsspecStorage) -> list[str]:
+    """Keys of the multipart uploads that are open below the storage's root."""
+    bucket, prefix, _ = storage._filesystem.split_path(storage.url)
+    answer = storage._filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+    return [upload["Key"] for upload in answer.get("Uploads", [])]
+
+
+def test_s3_sends_a_small_file_in_one_put(s3, s3_calls):
+    """Of up to one part."""
+    s3.write_file("file", 5 * MIB, cut_views(os.urandom(5 * MIB), 9))
+    assert s3_calls == ["put_object"]
+
+
+def test_s3_sends_a_large_file_in_parts_and_checks_its_size(s3, s3_calls):
+    """The last part is what is left."""
+    s3.write_file("file", 11 * MIB, iter([memoryview(bytes(11 * MIB))]))
+    parts = ["upload_part"] * 3
+    assert s3_calls == ["create_multipart_upload", *parts, "complete_multipart_upload", "head_object"]
+
+
+def test_s3_keeps_within_the_number_of_parts_that_s3_takes(s3, s3_calls, monkeypatch):
+    """By larger parts."""
+    monkeypatch.setattr(s3_upload, "MAX_PARTS", 2)
+    s3.write_file("file", 16 * MIB, iter([memoryview(bytes(16 * MIB))]))
+    assert s3_calls.count("upload_part") == 2
+
+
+def test_s3_never_has_more_requests_in_flight_than_asked_for(s3_url, s3_options, monkeypatch):
+    """And takes no view before there is room for it."""
+    storage = open_storage(s3_url, s3_options, num_threads=2)
+    storage.part_bytes = 5 * MIB
+    in_flight, most = 0, 0
+
+    async def counted(call: Any, **kwargs: Any) -> Any:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        try:
+            return await call("upload_part", **kwargs)
+        finally:
+            in_flight -= 1
+
+    around_s3(storage, monkeypatch, "upload_part", counted)
+    storage.write_file("file", 30 * MIB, iter([memoryview(bytes(30 * MIB))]))
+    assert most == 2
+
+
+def test_s3_aborts_the_upload_when_the_iterator_raises(s3):
+    """No object, no parts."""
+
+    def views() -> Iterator[memoryview]:
+        yield memoryview(bytes(12 * MIB))
+        raise RuntimeError("of the caller")
+
+    with pytest.raises(RuntimeError, match="of the caller"):
+        s3.write_file("file", 20 * MIB, views())
+    assert uploads_left(s3) == []
+    assert s3.list_files() == {}
+
+
+def test_s3_aborts_the_upload_when_a_part_fails(s3, monkeypatch):
+    """After the others have ended, and the message says what failed."""
+
+    async def failing(call: Any, **kwargs: Any) -> Any:
+        if kwargs["PartNumber"] == 2:
+            raise OSError(errno.EBUSY, "Please reduce your request rate")
+        return await call("upload_part", **kwargs)
+
+    around_s3(s3, monkeypatch, "upload_part", failing)
+    with pytest.raises(OSError, match=r"write a/file at s3://.*reduce your request rate") as raised:
+        s3.write_file("a/file", 20 * MIB, iter([memoryview(bytes(20 * MIB))]))
+    assert raised.value.errno == errno.EBUSY
+    assert uploads_left(s3) == []
+    assert s3.list_files() == {}
+
+
+def test_s3_cancels_what_is_in_flight_when_a_write_is_interrupted(s3, monkeypatch):
+    """As by Ctrl-C: no request of it is left running."""
+    running, started = set(), threading.Event()
+
+    async def endless(call: Any, **kwargs: Any) -> Any:
+        running.add(kwargs["PartNumber"])
+        try:
+            started.set()
+            await asyncio_forever()
+        finally:
+            running.discard(kwargs["PartNumber"])
+
+    def views() -> Iterator[memoryview]:
+        yield memoryview(bytes(12 * MIB))
+        assert started.wait(60)
+        raise KeyboardInterrupt
+
+    around_s3(s3, monkeypatch, "upload_part", endless)
+    with pytest.raises(KeyboardInterrupt):
+        s3.write_file("file", 20 * MIB, views())
+    assert running == set()
+    assert uploads_left(s3) == []
+
+
+async def asyncio_forever() -> None:
+    import asyncio
+
+    await asyncio.Event().wait()
+
+
+def test_s3_takes_a_lost_answer_to_complete_for_what_it_was(s3, monkeypatch):
+    """The object is there and whole."""
+
+    async def lost(call: Any, **kwargs: Any) -> Any:
+        await call("complete_multipart_upload", **kwargs)
+        raise FileNotFoundError("NoSuchUpload, says the answer to the second try")
+
+    around_s3(s3, monkeypatch, "complete_multipart_upload", lost)
+    s3.write_file("file", 11 * MIB, iter([memoryview(bytes(11 * MIB))]))
+    assert s3.list_files() == {"file": 11 * MIB}
+
+
+def test_s3_takes_its_own_first_try_at_create_for_success(s3, monkeypatch):
+    """A client that sends again after a lost answer is told that the object exists."""
+
+    async def sent_twice(call: Any, **kwargs: Any) -> Any:
+        await call("put_object", **kwargs)
+        return await call("put_object", **kwargs)
+
+    around_s3(s3, monkeypatch, "put_object", sent_twice)
+    s3.create("manifest", b"mine")
+    with pytest.raises(FileExistsError):
+        s3.create("manifest", b"other")
+    assert s3.read_file("manifest") == b"mine"
+
+
+def test_s3_gives_up_on_a_server_that_stops_reading(monkeypatch):
+    """A stalled upload is a TimeoutError: no timeout of botocore covers it."""
+    monkeypatch.setattr(s3_upload, "STALL_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, reads nothing
+        options = {
+            "key": "k",
+            "secret": "s",
+            "endpoint_url": f"http://127.0.0.1:{deaf.getsockname()[1]}",
+            "config_kwargs": {"read_timeout": 0.2, "s3": {"payload_signing_enabled": False}},
+        }
+        storage = open_storage("s3://bucket/run", options)
+        with pytest.raises(TimeoutError, match="write file at s3://bucket/run: the server took nothing"):
+            storage.write_file("file", 16 * MIB, iter([memoryview(bytes(16 * MIB))]))
+
+
+@pytest.mark.slow
+def test_s3_deletes_more_than_one_page_of_files(s3):
+    """1500 files; a listing and a delete hold 1000."""
+    names = [f"1/file-{number:04d}" for number in range(1500)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: s3.replace(name, b"x"), names))
+    assert set(s3.list_files()) == set(names)
+    s3.delete(names[:1200])
+    assert set(s3.list_files()) == set(names[1200:])
+
+
+def test_s3_reports_the_keys_that_it_may_not_delete(s3, monkeypatch):
+    """s3fs itself does not."""
+
+    async def refused(call: Any, **kwargs: Any) -> Any:
+        keys = [item["Key"] for item in kwargs["Delete"]["Objects"]]
+        return {"Errors": [{"Key": keys[0], "Code": "AccessDenied", "Message": "no"}]}
+
+    around_s3(s3, monkeypatch, "delete_objects", refused)
+    with pytest.raises(PermissionError, match=r"1 of 2 files failed: .*1/a: AccessDenied no"):
+        s3.delete(["1/a", "1/b"])
+
+
+ACTIONS: list[Callable[[Storage], Any]] = [
+    lambda s: s.check_writable(),
+    lambda s: s.create("file", b"x"),
+    lambda s: s.replace("file", b"x"),
+    lambda s: s.write_file("file", 1, iter([memoryview(b"x")])),
+    lambda s: s.write_file("file", 6 * MIB, iter([memoryview(bytes(6 * MIB))])),
+    lambda s: s.list_files(),
+    lambda s: s.list_files("1"),
+    lambda s: s.delete(["file"]),
+]
+
+
+def test_s3_without_the_bucket_is_a_file_not_found_error_that_names_it(s3_options):
+    """Whatever is asked of it."""
+    storage = open_s3("s3://no-such-bucket/run", s3_options)
+    for act in ACTIONS:
+        with pytest.raises(FileNotFoundError, match="s3://no-such-bucket/run: NoSuchBucket"):
+            act(storage)
+
+
+def test_s3_with_a_wrong_secret_is_a_permission_error_without_the_secret(s3_url, s3_options, s3_server):
+    """Whatever is asked of it."""
+    if s3_server.name == "moto":
+        pytest.skip("moto takes any secret")
+    storage = open_s3(s3_url, s3_options | {"secret": "wrong-secret"})
+    for act in ACTIONS:
+        with pytest.raises(PermissionError, match=r"SignatureDoesNotMatch|403") as raised:
+            act(storage)
+        assert "wrong-secret" not in str(raised.value)
+
+
+def test_gcs_without_the_bucket_is_a_file_not_found_error(gs_options):
+    """Whatever is asked of it."""
+    storage = open_storage("gs://no-such-bucket/run", gs_options)
+    for act in ACTIONS[:-1]:
+        with pytest.raises(FileNotFoundError, match="gs://no-such-bucket/run"):
+            act(storage)
+
+
+def test_nobody_at_the_endpoint_is_a_connection_error():
+    """Nothing that a caller must import a client to catch."""
+    options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"}
+    storage = open_storage("s3://bucket/run", options | {"config_kwargs": {"retries": {"max_attempts": 0}}})
+    storage._filesystem.retries = 1
+    with pytest.raises(ConnectionError, match="list s3://bucket/run"):
+        storage.list_files()
+
+
+@pytest.mark.slow
+def test_s3_works_in_a_forked_child(s3_url, s3_options):
+    """The filesystem is opened anew: the old one's loop lives in the parent."""
+    code = f"""
+import os
+from asyncckpt.storage import open_storage
+storage = open_storage({s3_url!r}, {s3_options!r})
+storage.create("file", b"x")
+child = os.fork()
+if not child:
+    os._exit(0 if storage.read_file("file") == b"x" else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# --- wrappers
+
+
+def test_faulty_storage_breaks_the_nth_call_of_a_verb(memory_url):
+    """The others pass."""
+    storage = FaultyStorage(open_storage(memory_url), "create", nth=2, error=TimeoutError("injected"))
+    storage.create("a", b"x")
+    storage.replace("b", b"x")
+    with pytest.raises(TimeoutError, match="injected"):
+        storage.create("c", b"x")
+    storage.create("c", b"x")
+    assert set(storage.list_files()) == {"a", "b", "c"}
+    assert storage.count("create") == 3
+
+
+def test_faulty_storage_breaks_calls_that_match(memory_url):
+    """Each of them."""
+    storage = FaultyStorage(open_storage(memory_url), matches=lambda call: any("bad" in path for path in call.paths))
+    storage.create("good", b"x")
+    for act in (lambda: storage.create("bad", b""), lambda: storage.delete(["good", "bad"])):
+        with pytest.raises(OSError, match="injected fault"):
+            act()
+    assert storage.list_files() == {"good": 1}
+
+
+def test_faulty_storage_breaks_a_write_in_the_middle(s3_url, s3_options):
+    """The storage inside has begun, and cleans up."""
+    inner = open_s3(s3_url, s3_options)
+    storage = FaultyStorage(inner, "write_file", moment="middle")
+    with pytest.raises(OSError, match="injected fault"):
+        storage.write_file("file", 24 * MIB, cut_views(bytes(24 * MIB), 11 * MIB))
+    assert uploads_left(inner) == []
+    assert inner.list_files() == {}
+
+
+def test_faulty_storage_loses_an_answer(memory_url):
+    """The call succeeded."""
+    storage = FaultyStorage(open_storage(memory_url), "create", moment="after")
+    with pytest.raises(OSError, match="injected fault"):
+        storage.create("a", b"x")
+    assert storage.list_files() == {"a": 1}
+
+
+def test_gated_storage_holds_calls_until_they_are_let_pass(memory_url):
+    """In the order they came; other verbs pass."""
+    inner = RecordingStorage(open_storage(memory_url))
+    with ThreadPoolExecutor(2) as pool, GatedStorage(inner, "create") as storage:
+        first = pool.submit(storage.create, "a", b"x")
+        storage.wait_reached()
+        second = pool.submit(storage.create, "b", b"x")
+        storage.wait_reached(2)
+        assert storage.list_files() == {}
+        storage.let_pass()
+        first.result(60)
+        assert inner.calls == [Call("list_files", ("",)), Call("create", ("a",))]
+        storage.open()
+        second.result(60)
+    assert set(inner.list_files()) == {"a", "b"}
