@@ -1,0 +1,108 @@
+"""The manifest: what is written is read, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from asyncckpt.dcp_metadata import pickle_metadata
+from asyncckpt.framing import Layout, crc32
+from asyncckpt.manifest import (
+    Chunk,
+    FileRecord,
+    Head,
+    Key,
+    Manifest,
+    ManifestError,
+    decode_manifest,
+    decode_records,
+    encode_manifest,
+    encode_records,
+)
+
+
+def example() -> Manifest:
+    big = Layout("float32", (3, 1048576), (1048576, 1))
+    chunks = [
+        Chunk("model.w", (0, 0), big, 704, "__0_0.distcp", 3392, 12_600_000, 17, 18, (1, 2, 3)),
+        Chunk("model.w", (3, 0), big, 704, "__1_0.distcp", 3392, 12_600_000, 19, 20, (4, 5, 6)),
+        Chunk("lr", None, None, 0, "__0_0.distcp", 0, 1300, 21, 21),
+    ]
+    keys = {"model.w": Key(("model", "w"), "float32", (6, 1048576)), "lr": Key(("lr", 0), None, None)}
+    files = [FileRecord("__0_0.distcp", 12_700_000, 7), FileRecord("__1_0.distcp", 12_700_000, 8)]
+    head = Head(40, 3, "00000003-0123456789abcdef", "id", 2, "2.13.0", "0.1.0", {"note": "ü"}, {"loss": 1.5})
+    return Manifest(head, keys, chunks, files, 900, 22)
+
+
+def resealed(document: dict) -> bytes:
+    """A manifest with a right checksum over wrong contents."""
+    document.pop("crc32", None)
+    body = json.dumps(document, separators=(",", ":")).encode()[:-1]
+    return body + b',"crc32":"%08x"}' % crc32(body)
+
+
+def test_a_manifest_survives_a_round_trip() -> None:
+    """Every field, types included."""
+    made = example()
+    assert decode_manifest(encode_manifest(made)) == made
+
+
+def test_a_manifest_is_one_json_object() -> None:
+    """Anyone can read it without us."""
+    document = json.loads(encode_manifest(example()))
+    assert document["head"]["format"] == "asyncckpt"
+    assert document["keys"]["fqn"] == ["model.w", "lr"]
+
+
+def test_a_rank_report_survives_a_round_trip() -> None:
+    """What the ranks send the coordinator."""
+    manifest = example()
+    assert decode_records(encode_records(manifest.chunks, manifest.files)) == (manifest.chunks, manifest.files)
+
+
+def test_every_flipped_bit_and_every_cut_is_refused() -> None:
+    """The manifest checks itself."""
+    data = encode_manifest(example())
+    for at in range(len(data)):
+        for bit in (1, 16, 128):
+            broken = bytearray(data)
+            broken[at] ^= bit
+            with pytest.raises(ManifestError):
+                decode_manifest(bytes(broken))
+        with pytest.raises(ManifestError):
+            decode_manifest(data[:at])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["head"].update(version=2), "is newer"),
+        (lambda d: d["files"].update(name=["../../x", "y"]), "file name"),
+        (lambda d: d["files"].update(name=["a/b", "y"]), "file name"),
+        (lambda d: d["chunks"].update(offset=[-1, 0, 0]), "-1"),
+        (lambda d: d["chunks"].update(offset=[10**18, 0, 0]), "ends at"),
+        (lambda d: d["chunks"].update(file=[0, 9, 0]), "IndexError"),
+        (lambda d: d["chunks"].update(key=[0, 0]), "ValueError"),
+        (lambda d: d["chunks"].update(blocks=[[], [], []]), "block checksums"),
+        (lambda d: d["layouts"].__setitem__(0, ["float32", [10**9, 10**9], [1, 1], 704]), "longer than its item"),
+        (lambda d: d["layouts"].__setitem__(0, ["os", [1], [1], 704]), "unknown dtype"),
+        (lambda d: d["chunks"].update(layout=[True, 0, -1]), "True"),
+        (lambda d: d.pop("keys"), "KeyError"),
+        (lambda d: d["keys"].update(dtype=[None, None], shape=[None, None]), "object and a tensor"),
+    ],
+)
+def test_a_manifest_with_a_right_checksum_and_wrong_contents_is_refused(change, reason: str) -> None:
+    """A hostile or buggy writer gets a ManifestError, whatever it wrote."""
+    document = json.loads(encode_manifest(example()))
+    change(document)
+    with pytest.raises(ManifestError, match=reason):
+        decode_manifest(resealed(document))
+
+
+def test_the_stock_metadata_can_be_made_again_from_the_manifest_byte_for_byte() -> None:
+    """A stale `.metadata` is mended, and then has the checksum that the manifest states."""
+    made = example()
+    again = decode_manifest(encode_manifest(made))
+    first = pickle_metadata(made.keys, made.chunks, made.head.attempt, made.head.save_id)
+    assert pickle_metadata(again.keys, again.chunks, again.head.attempt, again.head.save_id) == first
