@@ -1,1 +1,92 @@
-"""Asynchronous, verified, resumable checkpoints for PyTorch training, to any fsspec URL."""
+"""Asynchronous, verified, resumable checkpoints for PyTorch training, to any fsspec URL.
+
+General layout, in the order in which a save passes through it (each module imports only what stands before it):
+
+    errors, events, version         what is raised and reported
+    policy                          when to save, what to keep: pure decisions
+    storage (storage_*.py)          bytes at a URL
+    framing, manifest, dcp_metadata the format: items, the index of a step, the stock index
+    steps, index                    what a listing says; which steps there are
+    ranks, sync_point, preemption   how ranks agree, and SIGTERM
+    objects, plan                   what may be saved, and who writes what
+    shard, read                     items to bytes, and back
+    restore, save, verify           one step; `save` is the writer thread's half of a manager
+    prime, train_state, state       a user's training state
+    writer, manager                 the background thread; the order of calls
+    dcp                             the same format under stock dcp.save and dcp.load
+
+The package `stagers` copies state to host memory and knows nothing of this one.
+"""
+
+from asyncckpt.dcp import ShardReader, ShardWriter
+from asyncckpt.errors import (
+    CheckpointError,
+    CommitError,
+    DamagedStepError,
+    RestoreError,
+    SaveError,
+    StateMismatchError,
+    StepNotFoundError,
+    UnsafeObjectError,
+    WriteError,
+)
+from asyncckpt.events import Committed, Event, Failed, Pruned, Restored, Skipped, Staged, Written, log_events
+from asyncckpt.manager import CheckpointManager
+from asyncckpt.per_rank import PerRank
+from asyncckpt.policy import (
+    CommittedStep,
+    KeepAny,
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    KeepPolicy,
+    KeepYounger,
+    SaveAny,
+    SaveEvery,
+    SaveEverySeconds,
+    SavePolicy,
+)
+from asyncckpt.prime import prime_optimizer
+from asyncckpt.train_state import TrainState
+from asyncckpt.verify import VerifyReport
+from asyncckpt.version import __version__
+
+__all__ = [
+    "CheckpointManager",
+    "TrainState",
+    "PerRank",
+    "prime_optimizer",
+    "ShardWriter",
+    "ShardReader",
+    "VerifyReport",
+    "CheckpointError",
+    "SaveError",
+    "WriteError",
+    "CommitError",
+    "RestoreError",
+    "StepNotFoundError",
+    "DamagedStepError",
+    "StateMismatchError",
+    "UnsafeObjectError",
+    "SavePolicy",
+    "SaveEvery",
+    "SaveEverySeconds",
+    "SaveAny",
+    "KeepPolicy",
+    "KeepLast",
+    "KeepEvery",
+    "KeepBest",
+    "KeepYounger",
+    "KeepAny",
+    "CommittedStep",
+    "Event",
+    "Staged",
+    "Written",
+    "Committed",
+    "Pruned",
+    "Failed",
+    "Restored",
+    "Skipped",
+    "log_events",
+    "__version__",
+]

@@ -48,7 +48,7 @@ class Layout:
     def torch_dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"unknown dtype {self.dtype!r}; a newer torch may know it")
+            raise ValueError(f"unknown dtype {self.dtype!r}; a newer torch may know it")  # noqa: TRY004
         return dtype
 
     @property

@@ -35,7 +35,7 @@ from asyncckpt.preemption import SigtermHandler
 from asyncckpt.ranks import Ranks
 from asyncckpt.restore import OpenStep, open_step, restore
 from asyncckpt.save import Leftover, SaveJob, Saver
-from asyncckpt.state import for_restore, for_save, restored
+from asyncckpt.state import State, for_restore, for_save, take_restored
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
 from asyncckpt.storage import open_storage
 from asyncckpt.sync_point import SyncPoint
@@ -175,7 +175,7 @@ class CheckpointManager:
     def save_async(
         self,
         step: int,
-        state_dict: TrainState | Mapping[str, Any],
+        state_dict: State,
         force: bool = False,
         *,
         metrics: Mapping[str, float] | None = None,
@@ -196,7 +196,7 @@ class CheckpointManager:
     def save(
         self,
         step: int,
-        state_dict: TrainState | Mapping[str, Any],
+        state_dict: State,
         force: bool = False,
         *,
         metrics: Mapping[str, float] | None = None,
@@ -211,7 +211,7 @@ class CheckpointManager:
     def _save(
         self,
         step: int,
-        state: TrainState | Mapping[str, Any],
+        state: State,
         force: bool,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, Any] | None,
@@ -257,7 +257,7 @@ class CheckpointManager:
     def _stage(
         self,
         step: int,
-        state: TrainState | Mapping[str, Any],
+        state: State,
         started: float,
         metadata: Mapping[str, Any],
         metrics: Mapping[str, float],
@@ -322,7 +322,7 @@ class CheckpointManager:
             ) from exc
         self._is_writable = True
 
-    def prewarm(self, state_dict: TrainState | Mapping[str, Any]) -> None:
+    def prewarm(self, state_dict: State) -> None:
         """Allocate and page-lock the buffers of a save, so that the first one costs no more than the others."""
         self._stager.prewarm(for_save(state_dict, self._ranks.rank))
 
@@ -441,7 +441,7 @@ class CheckpointManager:
     def _read(self, step: int, state: TrainState | dict[str, Any], strict: bool) -> tuple[int, tuple[str, ...]]:
         for attempt in range(3):
             opened = self._open(step)
-            target = for_restore(state, opened.metadata.state_dict_metadata.keys(), self._ranks.rank)
+            target = for_restore(state, opened.metadata.state_dict_metadata, self._ranks.rank)
             try:
                 found = restore(
                     self._storage, opened, target, self._ranks,
@@ -452,7 +452,7 @@ class CheckpointManager:
                     continue
                 exc.step, exc.url = step, self.url
                 raise
-            restored(state, target, step)
+            take_restored(state, target)
             return found
         raise AssertionError("unreachable")
 

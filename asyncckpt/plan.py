@@ -16,13 +16,11 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.stateful import Stateful
 
 from asyncckpt.errors import SaveError
 from asyncckpt.objects import check_object
 from asyncckpt.ranks import Ranks
-
-StateDict = dict[str, Any]
+from stagers import StateDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +30,6 @@ class Leaf:
     value: Any
     container: Any
     key: Any
-
-
-def resolve_stateful(state_dict: Mapping[str, Any]) -> StateDict:
-    """Top-level `Stateful` values replaced by their state_dict(), as in DCP."""
-    return {
-        key: value.state_dict() if isinstance(value, Stateful) and not isinstance(value, Mapping) else value
-        for key, value in state_dict.items()
-    }
 
 
 def leaves(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:

@@ -115,7 +115,7 @@ def restore(
     ignored = tuple(sorted(step.metadata.state_dict_metadata.keys() - targets.keys()))
     where = f"the checkpoint at {join(storage.url, step.folder)}"
     _compare(targets, step.metadata, where, ignored if strict else (), check_missing=load_planner is None)
-    planner = _SafeLoadPlanner(targets, safe_globals) if load_planner is None else copy.copy(load_planner)
+    planner = _SafeLoadPlanner(safe_globals) if load_planner is None else copy.copy(load_planner)
     plan = _plan(planner, state_dict, _restricted(step.metadata, targets, load_planner), ranks)
     reader: Any = planner if load_planner is None else Reserialising(planner, safe_globals)
     return read_items(storage, step.data_folder, step.where, plan.items, reader), ignored
@@ -179,10 +179,16 @@ def _plan(planner: LoadPlanner, state_dict: dict[str, Any], metadata: Metadata, 
 class _SafeLoadPlanner(DefaultLoadPlanner):
     """DCP's planner, except that objects load without running code, and into the key they came from."""
 
-    def __init__(self, targets: Mapping[str, Leaf], safe_globals: Iterable[Any]) -> None:
+    def __init__(self, safe_globals: Iterable[Any]) -> None:
         super().__init__()
-        self._targets = targets
+        self._targets: Mapping[str, Leaf] = {}
         self._safe_globals = safe_globals
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        self._targets = leaves(state_dict)  # afterwards, because DCP's set-up puts new lists in place of those there
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn

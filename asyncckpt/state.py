@@ -1,24 +1,63 @@
-"""What a save and a restore see of a user's state."""
+"""A user's state as the nested dict that is saved, or restored into; and back again.
+
+The one place that knows the three forms a state may have: a TrainState, a dict with Stateful values at its top level,
+and a plain nested dict with `PerRank` values anywhere. Called by manager.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from torch.distributed.checkpoint.stateful import Stateful
 
+from asyncckpt.optimizer_state import SavedKeys
+from asyncckpt.per_rank import collect_per_rank, expand_per_rank
+from asyncckpt.train_state import TrainState
+from stagers import StateDict
 
-def for_save(state, rank: int) -> dict[str, Any]:
-    return {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state.items()}
+State: TypeAlias = TrainState | Mapping[str, Any]
 
 
-def for_restore(state, keys: Collection[str], rank: int) -> dict[str, Any]:
-    return for_save(state, rank)
+def for_save(state: State, rank: int) -> StateDict:
+    """What to copy and write; its tensors are the live ones."""
+    if isinstance(state, TrainState):
+        return state.state_dict()
+    return expand_per_rank({key: _state_dict(value) for key, value in state.items()}, rank)
 
 
-def restored(state, target: dict[str, Any], step: int) -> None:
-    for k, v in state.items():
-        if isinstance(v, Stateful):
-            v.load_state_dict(target[k])
+def for_restore(state: State, saved: SavedKeys, rank: int) -> StateDict:
+    """What to read a checkpoint into. saved: its keys; they decide which ranks' values are there to take."""
+    if isinstance(state, TrainState):
+        return state.target_state_dict(saved)
+    target = {}
+    for key, value in state.items():
+        if isinstance(value, TrainState):
+            prefix = f"{key}."
+            below = {fqn.removeprefix(prefix): entry for fqn, entry in saved.items() if fqn.startswith(prefix)}
+            target[key] = value.target_state_dict(below)
         else:
-            state[k] = target[k]
+            target[key] = _state_dict(value)
+    return expand_per_rank(target, rank, saved)
+
+
+def take_restored(state: State, target: StateDict) -> None:
+    """Hand what was read to the objects of `state`, and to its own dict where values were replaced."""
+    if isinstance(state, TrainState):
+        state.load_state_dict(target)
+        return
+    assert isinstance(state, dict)
+    loaded = dict(target)
+    for key, value in state.items():
+        if _is_stateful(value):
+            value.load_state_dict(target[key])
+            loaded[key] = value
+    collect_per_rank(state, loaded)
+
+
+def _state_dict(value: Any) -> Any:
+    return value.state_dict() if _is_stateful(value) else value
+
+
+def _is_stateful(value: Any) -> bool:
+    return isinstance(value, Stateful) and not isinstance(value, Mapping)
