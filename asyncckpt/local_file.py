@@ -10,7 +10,7 @@ import fcntl
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Self
@@ -21,10 +21,10 @@ import numpy as np
 # the rate and an eighth of the CPU of buffered writes plus fsync; 2 to 4 threads of 16 MiB reach the limit of the disk,
 # and neither posix_fallocate nor a first ftruncate adds to it.
 ALIGNMENT = 4096  # of address, file offset and length; the largest that filesystems and disks in use ask for
-SLICE_BYTES = 16 << 20
+BATCH_BYTES = 16 << 20
 BLOCK_BYTES = 4 << 20
-DIRECT_MIN_BYTES = 1 << 20  # a guess: below, a copy into a block is cheaper than a write of its own
-MAX_IOV = 1024  # IOV_MAX of Linux
+DIRECT_MIN_BYTES = 64 << 10  # a guess: below, a copy costs less than the bookkeeping of one more piece
+MAX_PIECES = 1024  # IOV_MAX of Linux
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 NO_DIRECT_IO = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -33,7 +33,8 @@ class FileWriter:
     """Writes a file front to back from views, past the page cache, several writes in flight.
 
     Views whose memory lies on 4 KiB where the file position does are written from where they are; all else is gathered
-    in blocks that do. The end is padded to 4 KiB and cut off again. Leaving the context ends every write in flight.
+    in blocks that do. Neighbours go out in one pwritev. The end is padded to 4 KiB and cut off again. Leaving the
+    context ends every write in flight.
     """
 
     def __init__(self, descriptor: int, size: int, num_threads: int, what: str) -> None:
@@ -41,15 +42,18 @@ class FileWriter:
         self._size = size
         self._what = what
         self._position = 0  # in the file, of the next byte
-        self._filled = 0  # bytes of `_block` in use; its end is at `_position`
-        self._block_bytes = min(BLOCK_BYTES, -(-size // ALIGNMENT) * ALIGNMENT) or ALIGNMENT
-        self._free_blocks = deque[memoryview]()
-        self._num_blocks = 0
-        self._max_blocks = num_threads + 1
+        self._batch: list[memoryview] = []  # pieces for the next write, which ends where the block's open part begins
+        self._batch_bytes = 0
+        self._submitted = 0  # the file offset at which the batch begins
+        self._block_bytes = min(BLOCK_BYTES, _round_up(size)) or ALIGNMENT
+        self._free_blocks: list[memoryview] = []
+        self._full_blocks: list[memoryview] = []  # with pieces in the batch, and no room
+        self._blocks_left = 2 * num_threads
         self._block = self._next_block()
+        self._begin = self._end = 0  # of the block's open part: gathered, not in the batch yet
         self._pool = ThreadPoolExecutor(num_threads)
-        self._in_flight = deque[Future[None]]()
-        self._max_in_flight = 2 * num_threads
+        self._in_flight = deque[tuple[Future[None], list[memoryview]]]()
+        self._max_in_flight = num_threads + 1
 
     def __enter__(self) -> Self:
         return self
@@ -62,27 +66,26 @@ class FileWriter:
         length = len(view)
         if self._position + length > self._size:
             raise ValueError(f"the views hold more than the {self._size} bytes that were announced")
-        if length < DIRECT_MIN_BYTES:
-            self._gather(view)
-            return
         head = -self._position % ALIGNMENT
-        if (_address(view) + head) % ALIGNMENT:
+        if length < DIRECT_MIN_BYTES or (_address(view) + head) % ALIGNMENT:
             self._gather(view)
             return
         self._gather(view[:head])
-        self._flush()
+        self._close_part()
         tail = head + (length - head) // ALIGNMENT * ALIGNMENT
-        for start in range(head, tail, SLICE_BYTES):
-            piece = view[start : min(start + SLICE_BYTES, tail)]
-            self._submit(write_full, self._descriptor, piece, self._position)
-            self._position += len(piece)
+        self._add(view[head:tail])
+        self._position += tail - head
         self._gather(view[tail:])
 
     def finish(self) -> None:
         """Everything is in the file and durable; the name is not yet."""
         if self._position != self._size:
             raise ValueError(f"the views hold {self._position} bytes, {self._size} were announced")
-        self._flush()
+        padding = -self._end % ALIGNMENT
+        self._block[self._end : self._end + padding] = bytes(padding)
+        self._end += padding
+        self._close_part()
+        self._submit()
         while self._in_flight:
             self._wait_for_oldest()
         with named_errors(self._what):
@@ -91,49 +94,59 @@ class FileWriter:
 
     def _gather(self, view: memoryview) -> None:
         while length := len(view):
-            room = self._block_bytes - self._filled
-            if length <= room:  # the common case, made for a hundred thousand tiny views
-                self._block[self._filled : self._filled + length] = view
-                self._filled += length
-                self._position += length
-                return
-            self._block[self._filled :] = view[:room]
-            self._filled += room
-            self._position += room
-            self._flush()
-            view = view[room:]
+            if self._end == self._block_bytes:
+                self._close_part()
+                self._full_blocks.append(self._block)
+                self._block = self._next_block()
+                self._begin = self._end = 0
+            if length > self._block_bytes - self._end:
+                length = self._block_bytes - self._end
+            self._block[self._end : self._end + length] = view[:length]
+            self._end += length
+            self._position += length
+            view = view[length:]
 
-    def _flush(self) -> None:
-        """Send the block on its way, padded with zeros, and take another."""
-        if not self._filled:
+    def _close_part(self) -> None:
+        if self._end > self._begin:
+            self._add(self._block[self._begin : self._end])
+            self._begin = self._end
+
+    def _add(self, piece: memoryview) -> None:
+        while piece:
+            room = BATCH_BYTES - self._batch_bytes
+            if not room or len(self._batch) == MAX_PIECES:
+                self._submit()
+                continue
+            self._batch.append(piece[:room])
+            self._batch_bytes += len(self._batch[-1])
+            piece = piece[room:]
+
+    def _submit(self) -> None:
+        if not self._batch:
             return
-        padded = -(-self._filled // ALIGNMENT) * ALIGNMENT
-        self._block[self._filled : padded] = bytes(padded - self._filled)
-        self._submit(self._write_block, self._block, padded, self._position - self._filled)
-        self._block, self._filled = self._next_block(), 0
-
-    def _next_block(self) -> memoryview:
-        if self._num_blocks < self._max_blocks and not self._free_blocks:
-            self._num_blocks += 1
-            return memoryview(mmap.mmap(-1, self._block_bytes))  # on a page, so on 4 KiB
-        while not self._free_blocks:
-            self._wait_for_oldest()
-        return self._free_blocks.popleft()
-
-    def _write_block(self, block: memoryview, length: int, offset: int) -> None:
-        try:
-            write_full(self._descriptor, block[:length], offset)
-        finally:
-            self._free_blocks.append(block)
-
-    def _submit(self, write: Callable[..., None], *arguments: object) -> None:
         while len(self._in_flight) >= self._max_in_flight:
             self._wait_for_oldest()
-        self._in_flight.append(self._pool.submit(write, *arguments))
+        write = self._pool.submit(write_full, self._descriptor, self._batch, self._submitted)
+        self._in_flight.append((write, self._full_blocks))
+        self._submitted += self._batch_bytes
+        self._batch, self._batch_bytes, self._full_blocks = [], 0, []
+
+    def _next_block(self) -> memoryview:
+        if not self._free_blocks and self._blocks_left:
+            self._blocks_left -= 1
+            return memoryview(mmap.mmap(-1, self._block_bytes))  # on a page, so on 4 KiB
+        if not self._free_blocks:
+            self._submit()
+        while not self._free_blocks:
+            self._wait_for_oldest()
+        return self._free_blocks.pop()
 
     def _wait_for_oldest(self) -> None:
+        """In order: the blocks that come back with a write may have pieces in the writes before it."""
+        write, blocks = self._in_flight.popleft()
         with named_errors(self._what):
-            self._in_flight.popleft().result()
+            write.result()
+        self._free_blocks += blocks
 
 
 def read_ranges(descriptor: int, ranges: Sequence[tuple[int, memoryview]], num_threads: int) -> None:
@@ -146,21 +159,22 @@ def read_ranges(descriptor: int, ranges: Sequence[tuple[int, memoryview]], num_t
         deque(pool.map(lambda read: _read_full(descriptor, *read), reads), maxlen=0)
 
 
-def write_full(descriptor: int, view: memoryview, offset: int) -> None:
-    """All of `view`; buffered from here on where the filesystem refuses O_DIRECT, or refuses it for this write."""
+def write_full(descriptor: int, views: list[memoryview], offset: int) -> None:
+    """All of `views`; through the page cache from here on where the filesystem refuses O_DIRECT."""
     may_be_direct = True
-    while view:
+    while views:
         try:
-            written = os.pwrite(descriptor, view, offset)
+            count = os.pwritev(descriptor, views, offset)
         except OSError as exc:
             if exc.errno not in NO_DIRECT_IO or not may_be_direct:
                 raise
             may_be_direct = False
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~O_DIRECT)
             continue
-        if not written:
+        if not count:
             raise OSError(errno.EIO, f"nothing was written at byte {offset}")
-        view, offset = view[written:], offset + written
+        offset += count
+        views = _after(views, count)
 
 
 @contextmanager
@@ -169,6 +183,10 @@ def named_errors(what: str) -> Iterator[None]:
         yield
     except OSError as exc:  # the errno chooses the class
         raise OSError(exc.errno, f"{what}: {exc.strerror or exc}") from exc
+
+
+def _round_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _address(view: memoryview) -> int:
@@ -181,9 +199,9 @@ def _group_adjacent(ranges: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[
     start = end = 0
     group: list[memoryview] = []
     for offset, view in ranges:
-        for at in range(0, len(view), SLICE_BYTES):
-            piece = view[at : at + SLICE_BYTES]
-            if offset + at != end or end + len(piece) - start > SLICE_BYTES or len(group) == MAX_IOV:
+        for at in range(0, len(view), BATCH_BYTES):
+            piece = view[at : at + BATCH_BYTES]
+            if offset + at != end or end + len(piece) - start > BATCH_BYTES or len(group) == MAX_PIECES:
                 if group:
                     yield start, group
                 start, group = offset + at, []
@@ -199,7 +217,13 @@ def _read_full(descriptor: int, offset: int, views: list[memoryview]) -> None:
         if not count:
             raise EOFError(f"the file ends at byte {os.fstat(descriptor).st_size}, byte {offset} was asked for")
         offset += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]
+        views = _after(views, count)
+
+
+def _after(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views` after `count` bytes."""
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *views[index + 1 :]]
+        count -= len(view)
+    return []

@@ -211,7 +211,7 @@ def _write_temporary(target: str, data: bytes) -> str:
     path = os.path.join(os.path.dirname(target), TEMP_PREFIX + secrets.token_hex(8))
     descriptor = _open_new(path, os.O_EXCL)
     try:
-        write_full(descriptor, memoryview(data), 0)
+        write_full(descriptor, [memoryview(data)] if data else [], 0)
         os.fsync(descriptor)
     except BaseException:
         os.unlink(path)

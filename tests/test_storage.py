@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyncckpt import local_file, s3_upload
@@ -280,35 +281,45 @@ def test_check_writable_says_that_it_has_no_permission(tmp_path):
 
 
 @pytest.fixture
-def pwrites(monkeypatch) -> list[tuple[int, int]]:
-    """(offset, length) of every write from now on."""
-    seen: list[tuple[int, int]] = []
-    pwrite = os.pwrite
+def writes(monkeypatch) -> list[tuple[int, list[int]]]:
+    """(offset, lengths of the pieces) of every write from now on."""
+    seen: list[tuple[int, list[int]]] = []
+    pwritev = os.pwritev
 
-    def recorded(descriptor: int, view: memoryview, offset: int) -> int:
-        seen.append((offset, len(view)))
-        return pwrite(descriptor, view, offset)
+    def recorded(descriptor: int, views: list[memoryview], offset: int) -> int:
+        seen.append((offset, [len(view) for view in views]))
+        return pwritev(descriptor, views, offset)
 
-    monkeypatch.setattr(os, "pwrite", recorded)
+    monkeypatch.setattr(os, "pwritev", recorded)
     return seen
 
 
-def test_a_large_aligned_view_is_written_from_where_it_is(local, pwrites):
+def test_a_large_aligned_view_is_written_from_where_it_is(local, writes):
     """In slices, and only what does not fill 4 KiB through a block."""
     data = aligned(33 * MIB + 5)
     local.write_file("file", len(data), iter([data]))
-    assert sorted(pwrites) == [(0, 16 * MIB), (16 * MIB, 16 * MIB), (32 * MIB, MIB), (33 * MIB, 4096)]
+    assert sorted(writes) == [(0, [16 * MIB]), (16 * MIB, [16 * MIB]), (32 * MIB, [MIB, 4096])]
     assert local.read_file("file") == data
 
 
-def test_headers_and_payloads_meet_on_the_alignment(local, pwrites):
-    """A payload that the layout put on 4 KiB is not copied, whatever stands before and after it."""
+def test_headers_and_payloads_meet_on_the_alignment(local, writes):
+    """Payloads that the layout put on 4 KiB are not copied; they leave in one write with what is around them."""
     header, payload, trailer = os.urandom(4096 + 100), aligned(2 * MIB), os.urandom(50)
-    gap = bytes(-len(header) % 4096)
-    views = [header, gap, payload, trailer]
+    views = [header, bytes(-len(header) % 4096), payload, trailer, bytes(4096 - len(trailer)), payload, trailer]
     local.write_file("file", sum(map(len, views)), map(memoryview, views))
-    assert sorted(pwrites) == [(0, 8192), (8192, 2 * MIB), (8192 + 2 * MIB, 4096)]
+    assert writes == [(0, [8192, 2 * MIB, 4096, 2 * MIB, 4096])]
     assert local.read_file("file") == b"".join(views)
+
+
+def test_a_file_of_many_blocks_and_pieces_arrives(local, monkeypatch):
+    """With few and small blocks, every one is used again and again."""
+    monkeypatch.setattr(local_file, "BLOCK_BYTES", 16 << 10)
+    monkeypatch.setattr(local_file, "BATCH_BYTES", 64 << 10)
+    monkeypatch.setattr(local_file, "MAX_PIECES", 3)
+    data = aligned(4 * MIB)
+    lengths = [int(length) for length in np.random.default_rng(0).choice([1, 4095, 4096, 70_000, 200_000], size=60)]
+    local.write_file("file", len(data), cut_views(data, *lengths))
+    assert local.read_file("file") == data
 
 
 @pytest.mark.parametrize("shift", [0, 1, 512])
@@ -338,8 +349,10 @@ def test_a_filesystem_that_refuses_direct_files_gets_buffered_ones(tmp_path):
 
 def test_short_writes_are_continued(local, monkeypatch):
     """However little the kernel takes at a time."""
-    pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, view, offset: pwrite(descriptor, view[:100_001], offset))
+    pwritev = os.pwritev
+    monkeypatch.setattr(
+        os, "pwritev", lambda descriptor, views, offset: pwritev(descriptor, [views[0][:100_001]], offset)
+    )
     data = aligned(2 * MIB + 17)
     local.write_file("file", len(data), iter([data]))
     assert local.read_file("file") == data
@@ -376,17 +389,17 @@ def test_a_full_disk_is_enospc_and_leaves_nothing(tmp_path):
 def test_write_file_returns_only_after_every_write_has_ended(local, monkeypatch):
     """The memory is the caller's again, also when the call fails."""
     reached, gate, ended = threading.Event(), threading.Event(), threading.Event()
-    pwrite = os.pwrite
+    pwritev = os.pwritev
 
-    def held(descriptor: int, view: memoryview, offset: int) -> int:
+    def held(descriptor: int, views: list[memoryview], offset: int) -> int:
         reached.set()
         gate.wait(60)
-        written = pwrite(descriptor, view, offset)
+        written = pwritev(descriptor, views, offset)
         ended.set()
         return written
 
-    monkeypatch.setattr(os, "pwrite", held)
-    data = aligned(4 * MIB)
+    monkeypatch.setattr(os, "pwritev", held)
+    data = aligned(17 * MIB)
 
     def views() -> Iterator[memoryview]:
         yield data
