@@ -2,18 +2,24 @@
 
 General layout, in the order in which a save passes through it (each module imports only what stands before it):
 
-    errors, events, version         what is raised and reported
-    policy                          when to save, what to keep: pure decisions
-    storage (storage_*.py)          bytes at a URL
-    framing, manifest, dcp_metadata the format: items, the index of a step, the stock index
-    steps, index                    what a listing says; which steps there are
-    ranks, sync_point, preemption   how ranks agree, and SIGTERM
-    objects, plan                   what may be saved, and who writes what
-    shard, read                     items to bytes, and back
-    restore, save, verify           one step; `save` is the writer thread's half of a manager
-    prime, train_state, state       a user's training state
-    writer, manager                 the background thread; the order of calls
-    dcp                             the same format under stock dcp.save and dcp.load
+    errors, events, version           what is raised and reported
+    policy                            when to save, what to keep: pure decisions
+    storage                           bytes at a URL: the seam, and who serves which URL
+    local_file, storage_local         a folder
+    client_errors, s3_upload          for the next: what S3 clients raise; large files to S3
+    storage_fsspec                    every other URL
+    framing, manifest, dcp_metadata   the format: items, the index of a step, the stock index
+    steps, index                      what a listing says; which steps there are
+    ranks, sync_point, preemption     how ranks agree, and SIGTERM
+    objects, plan                     what may be saved, and who writes what
+    shard, read                       items to bytes, and back
+    restore, save, verify             one step; `save` is the writer thread's half of a manager
+    prime, optimizer_state            an optimizer's state: made before the first step; under its parameters' names
+    rng, loader, per_rank             random streams, the place in the data, values of one rank
+    train_state, state                all of a run's state as one; a user's state as what is saved
+    writer, manager                   the background thread; the order of calls
+    dcp                               the same format under stock dcp.save and dcp.load
+    testing                           what every storage must do, for our tests and yours
 
 The package `stagers` copies state to host memory and knows nothing of this one.
 """

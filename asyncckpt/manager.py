@@ -7,8 +7,10 @@ all could. Nothing here moves bytes, and the writer thread never calls back into
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import threading
 import time
 import weakref
@@ -42,10 +44,10 @@ from asyncckpt.sync_point import SyncPoint
 from asyncckpt.train_state import TrainState
 from asyncckpt.verify import VerifyReport, verify_step
 from asyncckpt.writer import BackgroundWriter
-from stagers import AsyncStager, BlockingAsyncStager
+from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager, StagedSnapshot, StagingError
 
 PREEMPTION, CLOCK = "SIGTERM", "clock"
-_STAGED, _FAILED = 0, 1
+_STAGED, _FAILED, _FAILED_BEFORE = 0, 1, 2
 
 
 class CheckpointManager:
@@ -218,7 +220,8 @@ class CheckpointManager:
     ) -> bool:
         started = time.perf_counter()
         self._check_open()
-        self._writer.raise_failures()
+        if self._ranks.world_size == 1:
+            self._writer.raise_failures()
         if isinstance(state, TrainState):
             state.step = step + 1
         due = self.should_save(step)
@@ -240,14 +243,13 @@ class CheckpointManager:
         except BaseException:
             self._writer.release()
             raise
-        now = time.perf_counter()
-        job.stall_s = now - started
-        self._writer.submit(lambda: self._saver.run(job))
-        self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
+        job.stall_s = time.perf_counter() - started
         self._emit_now(
             events.Staged, step,
             num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=job.stall_s - wait_s, stall_s=job.stall_s,
         )  # fmt: skip
+        self._writer.submit(lambda: self._saver.run(job))
+        self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
         return True
 
     def _is_any_busy(self, step: int) -> bool:
@@ -264,33 +266,40 @@ class CheckpointManager:
     ) -> SaveJob:
         """Copy the state, agree with the other ranks that all have, and plan. A collective call."""
         snapshot, failure = None, None
-        try:
-            self._check_writable()
-            view = for_save(state, self._ranks.rank)
-            check_savable(view, self._safe_globals)
-            if isinstance(state, TrainState) and hasattr(self._stager, "watch"):
-                for optimizer in state.optimizers:
-                    self._stager.watch(optimizer)
-            snapshot = self._stager.snapshot(view)
-        except Exception as exc:
-            failure = exc
+        status = _FAILED_BEFORE if self._writer.has_failures else _STAGED
+        if status == _STAGED:
+            try:
+                snapshot = self._snapshot(state)
+            except Exception as exc:
+                status, failure = _FAILED, exc
         try:
             structure = getattr(snapshot, "structure", None)
             replan = not self._planning.is_current(structure)
             sequence, token = self._index.take_sequence(), new_token()
-            rows = self._ranks.agree([_FAILED if failure else _STAGED, step, replan, sequence, token], phase="save")
+            rows = self._ranks.agree([status, step, replan, sequence, token], phase="save")
             self._raise_disagreement(step, rows, failure)
             assert snapshot is not None
             planned = self._planning.plan(snapshot.state_dict, structure, replan=any(row[2] for row in rows))
         except BaseException:
             if snapshot is not None:
-                snapshot.wait()
+                with contextlib.suppress(StagingError):
+                    snapshot.wait()
                 snapshot.release()
             raise
         _, _, _, sequence, token = rows[0]
         return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, metadata, metrics, started)
 
+    def _snapshot(self, state: State) -> StagedSnapshot:
+        self._check_writable()
+        view = for_save(state, self._ranks.rank)
+        check_savable(view, self._safe_globals)
+        if isinstance(state, TrainState) and isinstance(self._stager, OverlappingAsyncStager):
+            for optimizer in state.optimizers:
+                self._stager.watch(optimizer)
+        return self._stager.snapshot(view)
+
     def _raise_disagreement(self, step: int, rows: list[list[int]], failure: Exception | None) -> None:
+        """Raise on every rank if one of them cannot go on, so that all leave this call alike."""
         if failure is not None:
             self._emit_now(events.Failed, step, phase="stage", error=failure)
             raise failure
@@ -307,6 +316,10 @@ class CheckpointManager:
                     "Nothing was written.",
                     step=step, url=self.url, rank=rank,
                 )  # fmt: skip
+        if any(row[0] == _FAILED_BEFORE for row in rows):
+            # An earlier save failed. Ranks hear of that at different moments: one that has not yet waits for it here.
+            self._writer.join(besides=1)
+            self._writer.raise_failures()
 
     def _check_writable(self) -> None:
         """At the first save, so that a run that only reads needs no permission to write."""
@@ -339,7 +352,7 @@ class CheckpointManager:
         """Whether a preemption notice has come and its save was due at this step or before: time to leave the loop."""
         if self._sigterm is None:
             raise ValueError("reached_preemption needs a manager made with chkpt_on_preemption=True")
-        _check_step(step)
+        self.should_save(step)
         return self._preempted_at is not None and step >= self._preempted_at
 
     # -- steps
@@ -554,10 +567,10 @@ class CheckpointManager:
 def _close_at_exit(manager: CheckpointManager) -> None:
     """Drain at interpreter exit, before Python stops its thread pools: a plain atexit handler would come too late for
     fsspec's clients, which resolve names in one."""
-    reference = weakref.ref(manager)
+    reference, pid = weakref.ref(manager), os.getpid()
 
     def drain() -> None:
-        if (alive := reference()) is not None:
+        if (alive := reference()) is not None and os.getpid() == pid:  # a forked child has no writer thread
             alive.close()
 
     register = getattr(threading, "_register_atexit", None)

@@ -250,8 +250,9 @@ class Saver:
         for leftover in work:
             started = time.perf_counter()
             try:
-                if leftover.mend:
-                    mend_step(self.storage, leftover.step, self.index.files_of(leftover.step), leftover.stock)
+                files = self.index.files_of(leftover.step)
+                if leftover.mend and files.manifests:  # none: retention dropped the step in the meantime
+                    mend_step(self.storage, leftover.step, files, leftover.stock)
                 current = self.index.sequence_of(leftover.step)  # the step may have been saved since
                 for group in leftover.groups:
                     over = [name for name in group if current is None or not belongs_to(name, current)]

@@ -60,10 +60,15 @@ class BackgroundWriter:
                 self._thread.start()
             self._changed.notify_all()
 
-    def join(self) -> None:
-        """Wait until nothing is pending."""
+    def join(self, *, besides: int = 0) -> None:
+        """Wait until nothing is pending. besides: places that the caller itself holds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_pending == 0)
+            self._changed.wait_for(lambda: self._num_pending <= besides)
+
+    @property
+    def has_failures(self) -> bool:
+        with self._changed:
+            return bool(self._failures)
 
     def raise_failures(self) -> None:
         """Raise what failed in the background since the last call: the first failure, with notes on the others."""

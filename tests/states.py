@@ -64,8 +64,8 @@ def target_like(state: Any) -> Any:
 
 def assert_same(expected: Any, found: Any, path: str = "") -> None:
     """Equal in structure, type, dtype, shape and every bit."""
-    assert type(expected) is type(found), (path, type(expected), type(found))
-    if isinstance(expected, dict):
+    if isinstance(expected, dict):  # of any kind: model.state_dict() is an OrderedDict
+        assert isinstance(found, dict), path
         assert list(expected) == list(found), path
         for key in expected:
             assert_same(expected[key], found[key], f"{path}.{key}")
@@ -77,7 +77,7 @@ def assert_same(expected: Any, found: Any, path: str = "") -> None:
         assert (expected.dtype, expected.shape) == (found.dtype, found.shape), path
         assert raw_bytes(expected) == raw_bytes(found), path
     else:
-        assert expected == found, (path, expected, found)
+        assert (type(expected), expected) == (type(found), found), path
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
