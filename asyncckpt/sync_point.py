@@ -58,7 +58,8 @@ class SyncPoint:
         Requests for the same reason, on any ranks, become one until its step is reached.
         """
         self._asked.add(reason)
-        self._wake.put(None)
+        if self._watcher is not None:
+            self._wake.put(None)
 
     def reached(self, step: int) -> bool:
         """True if all ranks save at this step: once per sync point, at the first call with `step` at or past it."""
