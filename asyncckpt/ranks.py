@@ -77,9 +77,13 @@ class Ranks:
         """
         if not timeout_s > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout_s!r}")
-        if dist.is_initialized() and dist.get_rank(process_group) < 0:
-            raise ValueError(f"process_group must contain the calling rank; global rank {dist.get_rank()} is not in it")
-        members = sorted(dist.get_process_group_ranks(process_group)) if dist.is_initialized() else [0]
+        members = [0]
+        if dist.is_initialized():
+            if dist.get_rank(process_group) < 0:
+                raise ValueError(
+                    f"process_group must contain the calling rank; global rank {dist.get_rank()} is not in it"
+                )
+            members = sorted(dist.get_process_group_ranks(process_group or dist.group.WORLD))
         if len(members) == 1:
             nobody = HashStore()
             return cls(None, nobody, nobody, rank=0, world_size=1, timeout_s=timeout_s)
