@@ -40,6 +40,7 @@ class S3Upload:
         self._num_in_flight = num_in_flight
         self._stall_s = STALL_S + (filesystem.config_kwargs.get("read_timeout") or filesystem.read_timeout)
         self._sending: set[asyncio.Task[Any] | None] = set()
+        self._upload: dict[str, str] = {}
 
     def write(self, size: int, views: Iterable[memoryview]) -> None:
         """`size` bytes, the concatenation of `views`."""
@@ -52,12 +53,13 @@ class S3Upload:
                 part = next(parts, [])
                 next(parts, None)  # runs the check of the total
                 self._result(self._start(self._send("put_object", part)))
-        except BaseException:
-            self._start(self._cancel_sending()).result()
+        except BaseException as exc:
+            self._start(self._cancel_sending()).result()  # before the abort: a part that arrives after it would stay
+            self._abort(exc)
             raise
 
     def _write_parts(self, size: int, parts: Iterator[list[memoryview]]) -> None:
-        upload = {"UploadId": self._call("create_multipart_upload")["UploadId"]}
+        upload = self._upload = {"UploadId": self._call("create_multipart_upload")["UploadId"]}
         etags: dict[int, str] = {}
         in_flight: dict[Future[Any], int] = {}
 
@@ -65,23 +67,23 @@ class S3Upload:
             for future in done:
                 etags[in_flight.pop(future)] = self._result(future)["ETag"]
 
-        try:
-            for number, part in enumerate(parts, 1):
-                if len(in_flight) >= self._num_in_flight:
-                    collect(wait(in_flight, return_when=FIRST_COMPLETED).done)
-                in_flight[self._start(self._send("upload_part", part, PartNumber=number, **upload))] = number
-            while in_flight:
+        for number, part in enumerate(parts, 1):
+            if len(in_flight) >= self._num_in_flight:
                 collect(wait(in_flight, return_when=FIRST_COMPLETED).done)
-            self._complete(size, etags, upload)
-        except BaseException as exc:
-            self._start(self._cancel_sending()).result()  # before the abort: a part that arrives after it would stay
-            try:
-                self._call("abort_multipart_upload", **upload)
-            except FileNotFoundError:
-                pass
-            except OSError as failure:
-                exc.add_note(f"parts may be left in the bucket: {failure}")
-            raise
+            in_flight[self._start(self._send("upload_part", part, PartNumber=number, **upload))] = number
+        while in_flight:
+            collect(wait(in_flight, return_when=FIRST_COMPLETED).done)
+        self._complete(size, etags, upload)
+
+    def _abort(self, exc: BaseException) -> None:
+        if not self._upload:
+            return
+        try:
+            self._call("abort_multipart_upload", **self._upload)
+        except FileNotFoundError:  # it was completed, or is gone
+            pass
+        except OSError as failure:
+            exc.add_note(f"parts may be left in the bucket: {failure}")
 
     def _complete(self, size: int, etags: dict[int, str], upload: dict[str, str]) -> None:
         """Publish the object and check what is there. The answer may be lost, and a second try then finds no upload."""

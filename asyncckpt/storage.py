@@ -84,7 +84,7 @@ def open_storage(
     file; None chooses.
     """
     # Imported here: both import this file, and fsspec and the clients behind it are slow to import.
-    from fsspec import available_protocols
+    from fsspec import available_protocols, get_filesystem_class
     from fsspec.utils import get_protocol
 
     from asyncckpt.storage_fsspec import FsspecStorage
@@ -94,8 +94,11 @@ def open_storage(
     protocol = get_protocol(url)
     if protocol in ("file", "local"):
         return LocalStorage(url, num_threads=num_threads)
-    if protocol not in available_protocols():
-        raise ValueError(f"{redact(url)}: unknown protocol {protocol!r}; known are {', '.join(available_protocols())}")
+    try:
+        get_filesystem_class(protocol)  # where a package is missing, an ImportError says which
+    except ValueError as exc:
+        known = ", ".join(available_protocols())
+        raise ValueError(f"{redact(url)}: unknown protocol {protocol!r}; known are {known}") from exc
     return FsspecStorage(url, storage_options, num_threads=num_threads)
 
 

@@ -28,6 +28,7 @@ MIB = 1 << 20
 READ_BYTES = 16 * MIB  # of one request
 READ_GAP_BYTES = 64 << 10  # a guess: fetching this much for nothing is cheaper than one more request
 MAX_READ_IN_FLIGHT_BYTES = 64 * MIB  # cat_ranges hands out copies, all at once
+S3_CONNECTIONS = 64  # eight files of eight parts
 DELETE_KEYS = 1000  # of one DeleteObjects request, the limit of S3
 HONOURS_CREATE = ("s3fs", "gcsfs")  # others look first: exclusive against one writer only, which is what a run has
 
@@ -50,7 +51,6 @@ class FsspecStorage:
         self._full_url = url
         self._options = dict(storage_options or {})
         self._num_threads = num_threads or 8
-        fsspec.get_filesystem_class(get_protocol(url))  # an ImportError says which package is missing
         self._open()
         self.max_file_bytes = {"s3fs": 128 << 30, "gcsfs": 1 << 30}.get(self._client, 64 * MIB)
 
@@ -161,6 +161,9 @@ class FsspecStorage:
             self._opened, root = _open_filesystem(self._full_url, self._options)
         self._root = str(root).rstrip("/")
         self._client = type(self._opened).__module__.partition(".")[0]
+        if self._client == "s3fs":
+            # botocore keeps 10: a part that waits for a connection looks like one that nobody reads.
+            self._opened.config_kwargs = {"max_pool_connections": S3_CONNECTIONS, **self._opened.config_kwargs}
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{check_path(path)}"

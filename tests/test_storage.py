@@ -17,10 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import fsspec
 import numpy as np
 import pytest
+from aiobotocore.session import AioSession
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.memory import MemoryFileSystem
+from gcsfs.retry import HttpError
+from google.auth.exceptions import RefreshError
+from s3fs.errors import translate_boto_error
 
 from asyncckpt import local_file, s3_upload
+from asyncckpt.client_errors import named_client_errors
 from asyncckpt.storage import Storage, open_storage, redact
 from asyncckpt.storage_fsspec import FsspecStorage
 from asyncckpt.storage_local import LocalStorage
@@ -30,6 +40,8 @@ pytest.register_assert_rewrite("asyncckpt.testing")
 from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage, StorageTests, cut_views  # noqa: E402
 
 MIB = 1 << 20
+# Shared by the clients of S3 here: each would parse botocore's model of S3 again, 0.2 s.
+_session = AioSession()
 
 
 class TestLocalStorage(StorageTests):
@@ -59,7 +71,7 @@ class TestMemoryStorage(StorageTests):
 class TestS3Storage(StorageTests):
     @pytest.fixture
     def open_storage(self, s3_url, s3_options):
-        return lambda: open_s3(s3_url, s3_options)
+        return lambda: open_s3(s3_url, s3_options | {"session": _session})
 
 
 class TestGcsStorage(StorageTests):
@@ -142,6 +154,12 @@ def test_an_unknown_protocol_names_the_known_ones():
 def test_redact_hides_user_info_and_query_values(url, shown):
     """And nothing else."""
     assert redact(url) == shown
+
+
+def test_a_protocol_that_the_user_registered_is_known():
+    """fsspec's own list does not have it."""
+    fsspec.register_implementation("asyncckpt-test", MemoryFileSystem, clobber=True)
+    assert isinstance(open_storage("asyncckpt-test://run"), FsspecStorage)
 
 
 # --- a folder: durability
@@ -431,7 +449,7 @@ def mounted(tmp_path: Path, kind: str, *options: str) -> Iterator[Path]:
 
 @pytest.fixture
 def s3(s3_url, s3_options) -> FsspecStorage:
-    return open_s3(s3_url, s3_options)
+    return open_s3(s3_url, s3_options | {"session": _session})
 
 
 @pytest.fixture
@@ -692,6 +710,52 @@ if not child:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def a_client_error(code: str, status: int) -> ClientError:
+    response = {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(response, "PutObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (translate_boto_error(a_client_error("AccessDenied", 403)), PermissionError),
+        (translate_boto_error(a_client_error("ExpiredToken", 400)), PermissionError),
+        (translate_boto_error(a_client_error("NoSuchKey", 404)), FileNotFoundError),
+        (translate_boto_error(a_client_error("PreconditionFailed", 412)), FileExistsError),
+        (translate_boto_error(a_client_error("SlowDown", 503)), errno.EBUSY),
+        (translate_boto_error(a_client_error("InternalError", 500)), errno.EIO),
+        (translate_boto_error(a_client_error("Unheard", 400)), errno.EINVAL),
+        (NoCredentialsError(), PermissionError),
+        (ReadTimeoutError(endpoint_url="http://h"), ConnectionError),
+        (EndpointConnectionError(endpoint_url="http://h"), ConnectionError),
+        (HttpError({"code": 403, "message": "m"}), PermissionError),
+        (HttpError({"code": "429", "message": "m"}), errno.EBUSY),
+        (HttpError({"code": 500, "message": "m"}), errno.EIO),
+        (OSError("Forbidden: https://h/o\nm"), PermissionError),
+        (RefreshError("m"), PermissionError),
+        (aiohttp.ServerDisconnectedError(), ConnectionError),
+        (FSTimeoutError(), TimeoutError),
+        (OSError(errno.ENOSPC, "m"), errno.ENOSPC),
+        (RuntimeError("m"), errno.EIO),
+    ],
+    ids=repr,
+)
+def test_every_client_s_error_becomes_an_os_error(error, expected):
+    """By class where there is one, else by errno; with the text, the cause and what was done."""
+    with pytest.raises(OSError, match=r"write a/file: .") as raised, named_client_errors("write a/file"):
+        raise error
+    assert raised.value.__cause__ is error
+    assert raised.value.errno == expected if isinstance(expected, int) else isinstance(raised.value, expected)
+
+
+def test_no_credential_of_a_url_reaches_the_message():
+    """Whoever puts it into an exception."""
+    with pytest.raises(OSError, match="read x") as raised, named_client_errors("read x"):
+        raise RuntimeError("GET https://user:password@host/o?X-Amz-Signature=deadbeef&part=1")
+    assert "password" not in str(raised.value)
+    assert "deadbeef" not in str(raised.value)
 
 
 # --- wrappers
