@@ -146,16 +146,15 @@ class BlockingAsyncStager:
     ) -> tuple[StateDict, Future[Any] | None]:
         objects = copy_objects(flat)  # first, as it can fail: from here on something may be in flight
         staged: StateDict = unflatten(flat.spec, iter(leaves), iter(objects))
-        sources = [flat.tensors[i] for i in layout.first_of]
         try:
             with torch.no_grad():
-                return staged, self._copy(layout, views, sources)
+                return staged, self._copy(flat, layout, views)
         except RuntimeError as error:
             raise StagingError(f"the copy failed: {error}. The source was not changed.") from error
 
-    def _copy(self, layout: Layout, views: Sequence[Tensor], sources: Sequence[Tensor]) -> Future[Any] | None:
-        """Copy `sources` to `views`; a future if some of it is still to come."""
-        for event in copying.copy(views, sources):
+    def _copy(self, flat: Flat, layout: Layout, views: Sequence[Tensor]) -> Future[Any] | None:
+        """Copy each range's source to its view; a future if some of it is still to come."""
+        for event in copying.copy(views, [flat.tensors[i] for i in layout.first_of]):
             event.synchronize()
         return None
 

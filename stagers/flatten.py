@@ -7,7 +7,6 @@ tensor or knows of buffers; the stagers call `flatten` on every snapshot, so a p
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -21,7 +20,6 @@ from torch.nn.parameter import is_lazy
 from stagers.base import StagingError
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-_MAPPINGS = (dict, OrderedDict)
 _IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device})
 
 
@@ -43,14 +41,13 @@ class Container(NamedTuple):
     children: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Wrapper:
+class Wrapper(NamedTuple):
     """A tensor subclass around inner tensors, such as DTensor, by torch's flatten protocol for subclasses.
 
     inner: (attribute, TENSOR or Wrapper or a value that is no tensor). context: what the class needs besides.
     """
 
-    kind: type
+    kind: Any
     inner: tuple[tuple[str, Any], ...]
     context: Any
     size: torch.Size
@@ -58,8 +55,8 @@ class Wrapper:
 
     def wrap(self, parts: Iterator[Tensor]) -> Tensor:
         inner = {name: assemble(child, parts) for name, child in self.inner}
-        wrapped: Tensor = self.kind.__tensor_unflatten__(inner, self.context, self.size, self.stride)  # type: ignore[attr-defined]
-        return wrapped.requires_grad_(False)
+        wrapped: Tensor = self.kind.__tensor_unflatten__(inner, self.context, self.size, self.stride)
+        return wrapped.requires_grad_(False)  # it is part of most contexts, and never kept
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,18 @@ class Sharded:
 Spec: TypeAlias = Leaf | Container | Wrapper | Sharded
 
 
-class Flat(NamedTuple):
-    """tensors: all plain tensors in order, also those inside subclasses. objects: all else that is no container."""
+class Flat:
+    """A state dict in parts.
 
-    spec: Spec
-    tensors: list[Tensor]
-    objects: list[Any]
+    tensors: all plain tensors in order, also those inside subclasses. outer: the subclass around each of the latter, by
+    its index. objects: all else that is no container.
+    """
+
+    def __init__(self) -> None:
+        self.spec: Spec = OBJECT
+        self.tensors: list[Tensor] = []
+        self.outer: dict[int, Tensor] = {}
+        self.objects: list[Any] = []
 
 
 class _RefusedError(Exception):
@@ -106,14 +109,14 @@ class _RefusedError(Exception):
 
 def flatten(state_dict: Mapping[Any, Any]) -> Flat:
     """Take `state_dict` apart; copies nothing. Raises StagingError naming the key of what cannot be staged."""
-    tensors: list[Tensor] = []
-    objects: list[Any] = []
+    flat = Flat()
     try:
-        return Flat(_flatten(state_dict, tensors, objects), tensors, objects)
+        flat.spec = _flatten(state_dict, flat)
     except _RefusedError as refused:
         path = [str(key) for key in reversed(refused.path)]
         name = ".".join(path if len(path) <= 8 else [*path[:8], "..."])
-        raise StagingError(f"{name!r} {refused}. Nothing was copied.") from refused.__cause__
+        raise StagingError(f"{name!r} {refused}. Nothing was copied.") from None
+    return flat
 
 
 def unflatten(spec: Spec, leaves: Iterator[Tensor], objects: Iterator[Any]) -> Any:
@@ -180,21 +183,24 @@ def _copy_object(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def _flatten(value: Any, tensors: list[Tensor], objects: list[Any]) -> Spec:
-    kind = type(value)
-    if kind in _MAPPINGS or isinstance(value, Mapping):
-        keys = tuple(value)
-        return Container(dict, keys, _flatten_items(keys, value.values(), tensors, objects))
-    if isinstance(value, list | tuple) and kind is not torch.Size:
-        return _flatten_sequence(value, tensors, objects)
+def _flatten(value: Any, flat: Flat) -> Spec:
     if isinstance(value, Tensor):
-        return _flatten_tensor(value, tensors)
-    objects.append(value)
+        start = len(flat.tensors)
+        spec = _flatten_tensor(value, flat.tensors)
+        flat.outer.update(dict.fromkeys(range(start, len(flat.tensors)), value))
+        return spec
+    if isinstance(value, Mapping):
+        keys = tuple(value)
+        return Container(dict, keys, _flatten_items(keys, value.values(), flat))
+    if isinstance(value, list | tuple):
+        return _flatten_sequence(value, flat)
+    flat.objects.append(value)
     return OBJECT
 
 
-def _flatten_items(keys: Any, values: Any, tensors: list[Tensor], objects: list[Any]) -> tuple[Spec, ...]:
+def _flatten_items(keys: Any, values: Any, flat: Flat) -> tuple[Spec, ...]:
     children: list[Spec] = []
+    tensors, objects = flat.tensors, flat.objects
     for key, value in zip(keys, values, strict=True):
         kind = type(value)
         if kind in _PLAIN_TENSORS:
@@ -205,7 +211,7 @@ def _flatten_items(keys: Any, values: Any, tensors: list[Tensor], objects: list[
             children.append(OBJECT)
         else:
             try:
-                children.append(_flatten(value, tensors, objects))
+                children.append(_flatten(value, flat))
             except RecursionError:
                 raise _RefusedError("contains itself, or is nested deeper than Python can recurse") from None
             except _RefusedError as refused:
@@ -214,16 +220,16 @@ def _flatten_items(keys: Any, values: Any, tensors: list[Tensor], objects: list[
     return tuple(children)
 
 
-def _flatten_sequence(value: list[Any] | tuple[Any, ...], tensors: list[Tensor], objects: list[Any]) -> Spec:
+def _flatten_sequence(value: list[Any] | tuple[Any, ...], flat: Flat) -> Spec:
     """A sequence without tensors or dicts is one object, as it is one value in DCP's planners: it may change length."""
-    start = len(objects)
+    start = len(flat.objects)
     if not _IMMUTABLE.issuperset(map(type, value)):
-        children = _flatten_items(range(len(value)), value, tensors, objects)
+        children = _flatten_items(range(len(value)), value, flat)
         if any(child is not OBJECT for child in children):
             kind = list if isinstance(value, list) else type(value)
             return Container(kind, tuple(range(len(value))), children)
-    del objects[start:]
-    objects.append(value)
+    del flat.objects[start:]
+    flat.objects.append(value)
     return OBJECT
 
 
@@ -231,18 +237,19 @@ def _flatten_tensor(value: Tensor, tensors: list[Tensor]) -> Spec:
     if type(value) in _PLAIN_TENSORS:
         tensors.append(value)
         return TENSOR
-    if hasattr(value, "trigger_wait"):  # AsyncCollectiveTensor: a collective may still be writing it
-        return _flatten_tensor(value.trigger_wait(), tensors)
-    if hasattr(value, "__tensor_flatten__") and hasattr(value, "__tensor_unflatten__"):
-        attributes, context = value.__tensor_flatten__()
+    kind = type(value)
+    if hasattr(kind, "__tensor_flatten__"):
+        if hasattr(kind, "trigger_wait"):  # AsyncCollectiveTensor: a collective may still be writing it
+            return _flatten_tensor(value.trigger_wait(), tensors)  # type: ignore[attr-defined]
+        attributes, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
         inner = [(name, getattr(value, name)) for name in attributes]
         specs = tuple((name, _flatten_tensor(t, tensors) if isinstance(t, Tensor) else t) for name, t in inner)
-        return Wrapper(type(value), specs, context, value.size(), value.stride())
+        return Wrapper(kind, specs, context, value.size(), value.stride())
     if isinstance(value, _sharded_tensor_type()):
         local = value.local_shards()
         tensors.extend(shard.tensor for shard in local)
         return Sharded(value.metadata(), tuple(shard.metadata for shard in local), value._process_group)
-    if is_lazy(value) or type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if is_lazy(value) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise _RefusedError(f"is a {_type_name(value)}: it has no memory of its own and no __tensor_flatten__")
     tensors.append(value.as_subclass(Tensor))  # a subclass that adds behaviour, not data
     return TENSOR

@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from stagers import copying
 from stagers.base import StagingError, StateDict
 from stagers.blocking import BlockingAsyncStager
-from stagers.flatten import flatten
+from stagers.flatten import Flat, flatten
 from stagers.layout import Layout, Range
 
 _OVERLAP_FROM_BYTES = 64 << 10
@@ -30,12 +30,20 @@ _OVERLAP_FROM_BYTES = 64 << 10
 
 
 class _Late(NamedTuple):
-    """A copy still to come. source: an alias of the tensor in training, which keeps its memory and shares its count."""
+    """A copy still to come.
+
+    source: an alias of the tensor in training, which keeps its memory and shares its count of changes. counted: the
+    tensors that count (a DTensor counts for its local tensor). version: their sum when the copy was asked for.
+    """
 
     place: Range
     view: Tensor
     source: Tensor
+    counted: tuple[Tensor, ...]
     version: int
+
+    def is_torn(self) -> bool:
+        return _version(self.counted) != self.version
 
 
 class OverlappingAsyncStager(BlockingAsyncStager):
@@ -86,8 +94,9 @@ class OverlappingAsyncStager(BlockingAsyncStager):
         self._copier.shutdown()
         super().close()
 
-    def _copy(self, layout: Layout, views: Sequence[Tensor], sources: Sequence[Tensor]) -> Future[Any] | None:
-        late = self._late(layout, views, sources)
+    def _copy(self, flat: Flat, layout: Layout, views: Sequence[Tensor]) -> Future[Any] | None:
+        sources = [flat.tensors[i] for i in layout.first_of]
+        late = self._late(flat, layout, views, sources)
         now = [i for i in range(len(sources)) if i not in late]
         events = copying.copy([views[i] for i in now], [sources[i] for i in now])
         on_device = [copy for copy in late.values() if copy.source.device.type != "cpu"]
@@ -98,18 +107,21 @@ class OverlappingAsyncStager(BlockingAsyncStager):
         self._last = weakref.ref(copy)
         return copy
 
-    def _late(self, layout: Layout, views: Sequence[Tensor], sources: Sequence[Tensor]) -> dict[int, _Late]:
+    def _late(self, flat: Flat, layout: Layout, views: Sequence[Tensor], sources: Sequence[Tensor]) -> dict[int, _Late]:
         """What may be copied later, by its index in `sources`."""
         if self._large[0] is not layout:
             places = enumerate(layout.ranges)
             self._large = layout, [i for i, p in places if p.is_dense and p.num_bytes >= _OVERLAP_FROM_BYTES]
         large = self._large[1]
         owned = _memory_of_optimizers(self._optimizers) if large else set()
-        return {
-            i: _Late(layout.ranges[i], views[i], sources[i].detach(), sources[i]._version)
-            for i in large
-            if _address(sources[i]) in owned and _is_countable(sources[i])
-        }
+        late = {}
+        for i in large:
+            outer = flat.outer.get(layout.first_of[i])
+            if _address(sources[i]) in owned and _may_wait(sources[i], outer):
+                source = sources[i].detach()
+                counted = (source,) if outer is None else (source, outer)
+                late[i] = _Late(layout.ranges[i], views[i], source, counted, _version(counted))
+        return late
 
 
 def _step_hook(stager: OverlappingAsyncStager) -> Callable[..., None]:
@@ -145,21 +157,29 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
-def _is_countable(source: Tensor) -> bool:
+def _may_wait(source: Tensor, outer: Tensor | None) -> bool:
     """True if changes are counted, the bytes are the values, and the device can copy beside other work."""
-    counted = not source.is_inference() and not source.is_conj() and not source.is_neg()
-    return counted and (source.device.type == "cpu" or source.device.type in copying.STREAM_DEVICES)
+    if source.is_inference() or source.is_conj() or source.is_neg() or (outer is not None and outer.is_inference()):
+        return False
+    return source.device.type == "cpu" or source.device.type in copying.STREAM_DEVICES
+
+
+def _version(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor._version for tensor in tensors)
 
 
 def _finish(late: Sequence[_Late], events: Sequence[torch.Event]) -> None:
     """Complete a copy (copier thread) and check that nothing changed under it."""
-    for copy in late:
-        if copy.source.device.type == "cpu":
-            # Releases the GIL and stays on this thread; `copy_` would start a second team of intra-op threads.
-            ctypes.memmove(copy.view.data_ptr(), copy.source.data_ptr(), copy.place.num_bytes)
-    for event in events:
-        event.synchronize()
-    torn = [copy.place.key for copy in late if copy.source._version != copy.version]
+    try:
+        for copy in late:
+            if copy.source.device.type == "cpu":
+                # Releases the GIL and stays on this thread; `copy_` would start a second team of intra-op threads.
+                ctypes.memmove(copy.view.data_ptr(), copy.source.data_ptr(), copy.place.num_bytes)
+        for event in events:
+            event.synchronize()
+    except Exception as error:
+        raise StagingError(f"the copy failed: {error}. The source was not changed.") from error
+    torn = [copy.place.key for copy in late if copy.is_torn()]
     if torn:
         raise StagingError(
             f"{torn[0]!r}{f' and {len(torn) - 1} others' if torn[1:] else ''} changed outside of optimizer.step() "
