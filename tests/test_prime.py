@@ -33,6 +33,7 @@ from torch.optim import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from asyncckpt.prime import prime_optimizer
+from tests.exact import bits
 
 VARIANTS = [
     (Adadelta, [{}, {"weight_decay": 0.1}]),
@@ -110,18 +111,6 @@ def set_gradients(params, step, every_parameter=False):
         p.grad = torch.empty_like(p).copy_(grad)  # the strides of p, as autograd makes them
         if i == 0 and step % 3 == 0 and not every_parameter:
             p.grad = None
-
-
-def bits(tree):
-    """Nested values with each tensor as its exact bytes: 0.0 is not -0.0, and NaN equals itself."""
-    if isinstance(tree, torch.Tensor):
-        tensor = tree.detach().cpu().contiguous().reshape(-1)
-        return (tree.dtype, tuple(tree.shape), tuple(tree.stride()), bytes(tensor.view(torch.uint8).tolist()))
-    if isinstance(tree, dict):
-        return {k: bits(v) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [bits(v) for v in tree]
-    return tree
 
 
 def run(optimizer, steps=5):

@@ -1,0 +1,87 @@
+"""`PerRank`: values that each rank keeps for itself, and how they look in a checkpoint: under `<key>/rank_<k>`.
+
+DCP keeps one of the values that ranks save under the same key, without a word; a key of its own for each rank prevents
+that. Called by manager.py for plain state dicts, and by train_state.py, which also decides what other ranks' random
+streams are good for.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_RANK_KEY = re.compile(r"(.*?)/rank_(\d+)(?=\.|$)")
+
+
+class PerRank:
+    """A value of this rank alone. A restore sets `value`; anything that may stand in a state dict may be in it.
+
+    Restored on more ranks than saved, rank k takes the value of rank k modulo those that are there, with a warning.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.value!r})"
+
+
+def expand_per_rank(state_dict: Mapping[str, Any], rank: int, saved: Iterable[str] | None = None) -> dict[str, Any]:
+    """`state_dict` with each PerRank under "k" replaced by its value under "k/rank_<rank>".
+
+    saved: the keys of the checkpoint to restore, for choosing another rank where they lack this one; None: saving.
+    Dicts with a PerRank below them are copied, others are not; `collect_per_rank` brings back what was loaded.
+    """
+    return _expand(state_dict, "", rank, None if saved is None else saved_ranks(saved))
+
+
+def collect_per_rank(state_dict: dict[str, Any], loaded: Mapping[str, Any]) -> None:
+    """Set every PerRank in `state_dict`, and all else that was copied, from what `expand_per_rank` made of it."""
+    of_ranks = {found[1]: value for key, value in loaded.items() if (found := _RANK_KEY.fullmatch(key))}
+    for key, value in state_dict.items():
+        if isinstance(value, PerRank):
+            value.value = of_ranks[key]
+        elif isinstance(value, dict) and loaded[key] is not value:
+            collect_per_rank(value, loaded[key])
+        else:
+            state_dict[key] = loaded[key]
+
+
+def saved_ranks(keys: Iterable[str]) -> dict[str, set[int]]:
+    """{key without rank: ranks that saved it} from flattened keys."""
+    ranks: dict[str, set[int]] = {}
+    for key in keys:
+        if found := _RANK_KEY.match(key):
+            ranks.setdefault(found[1], set()).add(int(found[2]))
+    return ranks
+
+
+def source_rank(key: str, rank: int, ranks: Mapping[str, set[int]]) -> int:
+    """The rank to take `key` from. `rank` itself where no rank saved it: restoring then reports the missing key."""
+    saved = sorted(ranks.get(key, {rank}))
+    if rank in saved:
+        return rank
+    source = saved[rank % len(saved)]
+    warnings.warn(
+        f"{key!r} was saved by {len(saved)} ranks; rank {rank} was not there and takes rank {source}'s", stacklevel=4
+    )
+    return source
+
+
+def _expand(node: Mapping[str, Any], prefix: str, rank: int, ranks: Mapping[str, set[int]] | None) -> dict[str, Any]:
+    expanded: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, PerRank):
+            source = rank if ranks is None else source_rank(f"{prefix}{key}", rank, ranks)
+            expanded[f"{key}/rank_{source}"] = value.value
+        elif isinstance(value, Mapping) and _holds_per_rank(value):
+            expanded[key] = _expand(value, f"{prefix}{key}.", rank, ranks)
+        else:
+            expanded[key] = value
+    return expanded
+
+
+def _holds_per_rank(node: Mapping[str, Any]) -> bool:
+    return any(isinstance(v, PerRank) or (isinstance(v, Mapping) and _holds_per_rank(v)) for v in node.values())

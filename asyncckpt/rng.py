@@ -1,0 +1,62 @@
+"""The random streams of this process: Python's, numpy's, torch's on the CPU and on every accelerator device.
+
+Values are plain or tensors, so that they load with `weights_only=True`. Which rank saves or takes which state is
+train_state.py's job; loader.py replays an epoch's start with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def rng_state(*, devices: bool = True) -> dict[str, Any]:
+    """All streams; nothing is drawn. devices=False leaves the accelerators out, whose state may cost a transfer."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    module = _accelerator() if devices else None
+    if module is not None:
+        state["devices"] = [module.get_rng_state(i) for i in range(module.device_count())]
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave. Devices beyond those saved, and those saved beyond ours, are left out."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    module = _accelerator()
+    if module is not None:
+        for index, device in zip(range(module.device_count()), state.get("devices", ()), strict=False):
+            module.set_rng_state(device, index)
+
+
+def derive_rng_state(state: dict[str, Any], rank: int) -> None:
+    """Seed every stream from another rank's state and our rank: repeatable, and unlike the streams of that rank."""
+    digest = hashlib.sha256(state["torch"].numpy().tobytes() + str(rank).encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _accelerator() -> Any:
+    """torch's module of the accelerator in use; None where there is none, or it was not touched yet (asking its
+    generators would start a context: about 0.5 GiB on CUDA)."""
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    module = torch.get_device_module(device)
+    if not hasattr(module, "get_rng_state") or not getattr(module, "is_initialized", lambda: True)():
+        return None
+    return module
