@@ -107,6 +107,7 @@ class CheckpointManager:
         self._load_planner = load_planner
         self._stager = stager or BlockingAsyncStager()
         self._index = RunIndex()
+        self._preempted_at: int | None = None
         self._sigterm: SigtermHandler | None = None
         if chkpt_on_preemption:
             self._sigterm = SigtermHandler(self._on_sigterm)
@@ -124,7 +125,6 @@ class CheckpointManager:
         self._last_step: int | None = None
         self._last_time = time.monotonic()
         self._is_requested = False
-        self._preempted_at: int | None = None
         self._is_writable = False
         self._is_closed = False
         _close_at_exit(self)
@@ -139,7 +139,7 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.close()
+            self._close(meet=error is None)
         except CheckpointError as exc:
             if error is None:
                 raise
@@ -316,10 +316,12 @@ class CheckpointManager:
                     "Nothing was written.",
                     step=step, url=self.url, rank=rank,
                 )  # fmt: skip
-        if any(row[0] == _FAILED_BEFORE for row in rows):
+        failed = [rank for rank, row in enumerate(rows) if row[0] == _FAILED_BEFORE]
+        if failed:
             # An earlier save failed. Ranks hear of that at different moments: one that has not yet waits for it here.
             self._writer.join(besides=1)
             self._writer.raise_failures()
+            raise SaveError(f"an earlier save failed on rank {failed[0]}, see its error", url=self.url, rank=failed[0])
 
     def _check_writable(self) -> None:
         """At the first save, so that a run that only reads needs no permission to write."""
@@ -504,13 +506,20 @@ class CheckpointManager:
     def close(self) -> None:
         """Finish every save taken, then let go of threads, buffers and the signal handler; idempotent.
 
-        Raises what failed in the background, once.
+        A collective call. Raises what failed in the background, once.
         """
+        self._close(meet=True)
+
+    def _close(self, *, meet: bool) -> None:
+        """meet: wait for the other ranks, so that none ends the store while another still reads from it."""
         if self._is_closed:
             return
         self._is_closed = True
         try:
             self._writer.close()
+            if meet:
+                with contextlib.suppress(CheckpointError):  # one is gone: what was committed is committed
+                    self._ranks.agree([], phase="close")
         finally:
             self._sync_point.close()
             self._stager.close()
@@ -550,7 +559,8 @@ class CheckpointManager:
 
     def _on_sigterm(self) -> None:
         sync_point = getattr(self, "_sync_point", None)
-        if sync_point is not None:  # else the signal came while the constructor was still busy
+        # None: the signal came while the constructor was still busy. Later ones, on other ranks, mean the same preemption.
+        if sync_point is not None and self._preempted_at is None:
             sync_point.request(PREEMPTION)
 
     def _uninstall_sigterm(self) -> None:
@@ -571,7 +581,7 @@ def _close_at_exit(manager: CheckpointManager) -> None:
 
     def drain() -> None:
         if (alive := reference()) is not None and os.getpid() == pid:  # a forked child has no writer thread
-            alive.close()
+            alive._close(meet=False)
 
     register = getattr(threading, "_register_atexit", None)
     if register is not None:

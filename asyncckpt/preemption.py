@@ -6,6 +6,7 @@ two bytecodes: a main thread that sits in one long C call (a collective, a block
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class SigtermHandler:
         self.received = False
         self._on_signal = on_signal
         self._active = True
+        self._pid = os.getpid()
         self._previous = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, self._handle)
 
@@ -51,16 +53,20 @@ class SigtermHandler:
         direct = signal.getsignal(signum) == self._handle  # and not called by a handler that stands above ours
         previous = self._beneath()
         try:
-            if self._active:
+            if self._is_ours():
                 self.received = True
                 self._on_signal()
         finally:
             if callable(previous):
                 previous(signum, frame)
-            elif direct and not self._active and previous == signal.SIG_DFL:
+            elif direct and not self._is_ours() and previous == signal.SIG_DFL:
                 # nobody wants this signal any more: without us the process would have ended
                 signal.signal(signum, signal.SIG_DFL)
                 signal.raise_signal(signum)
+
+    def _is_ours(self) -> bool:
+        """Whether the signal is for this manager: a forked child inherits the handler, but must die of a terminate()."""
+        return self._active and os.getpid() == self._pid
 
     def _beneath(self) -> Callable[[int, FrameType | None], object] | int | signal.Handlers:
         """The handler below ours, past instances that were uninstalled while ours stood above them."""

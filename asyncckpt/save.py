@@ -38,7 +38,7 @@ from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
 from asyncckpt.ranks import Ranks
 from asyncckpt.restore import join, read_manifest
 from asyncckpt.shard import write_items
-from asyncckpt.steps import DCP_METADATA, StepFiles, belongs_to, manifest_name
+from asyncckpt.steps import DCP_METADATA, StepFiles, belongs_to, manifest_name, may_be_swept
 from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
 from stagers import StagedSnapshot
@@ -103,6 +103,7 @@ class Saver:
     """Found by the listing at the start, or still undeleted; taken on after each commit."""
     _known: dict[int, CommittedStep] = field(default_factory=dict)
     _finished_attempt: str | None = None
+    _is_swept: bool = False
 
     def run(self, job: SaveJob) -> None:
         report, error = self._write(job)
@@ -123,6 +124,7 @@ class Saver:
             sequence=job.sequence, num_bytes=verdict.num_bytes, stall_s=job.stall_s, durable_s=durable_s,
         )  # fmt: skip
         self._delete_leftovers()
+        self._sweep(job)
 
     # -- this rank's files
 
@@ -268,6 +270,16 @@ class Saver:
                 whole=leftover.whole, num_files=sum(map(len, leftover.groups)),
                 prune_s=time.perf_counter() - started,
             )  # fmt: skip
+
+    def _sweep(self, job: SaveJob) -> None:
+        """Once in a run: the job is committed, so every attempt with a lower number is over."""
+        if self._is_swept or not self.ranks.is_coordinator:
+            return
+        self._is_swept = True
+        try:
+            self.storage.sweep(lambda path: may_be_swept(path, job.sequence))
+        except OSError as exc:
+            self._emit(events.Failed, job.step, phase="prune", error=exc)
 
     # -- telling
 

@@ -16,6 +16,7 @@ DCP_METADATA = ".metadata"
 _STEP = r"(0|[1-9][0-9]*)"
 _STEP_PATH = re.compile(rf"{_STEP}/(.+)\Z", re.DOTALL)
 _MANIFEST = re.compile(r"manifest-([0-9]+)\.json\Z")
+_HALF_MADE = re.compile(rf"{_STEP}(?:/([0-9]+)-[0-9a-f]+(?:/.+)?)?\Z", re.DOTALL)
 _ATTEMPT_FILE = re.compile(r"(([0-9]+)-[0-9a-f]+)/(.+)\Z", re.DOTALL)
 
 
@@ -93,6 +94,13 @@ class StepFiles:
             for name in names
         ]
         return [group for group in (manifests, stock, data) if group]
+
+
+def may_be_swept(path: str, newest_committed: int) -> bool:
+    """Whether an empty folder, or an upload that nobody completed, can be of a killed writer alone: a step's folder, or
+    in it one of an attempt that is over, as its sequence number is below the newest committed one."""
+    found = _HALF_MADE.match(path)
+    return found is not None and (found[2] is None or int(found[2]) < newest_committed)
 
 
 def belongs_to(name: str, sequence: int) -> bool:

@@ -185,3 +185,22 @@ def test_a_real_sigterm_leaves_a_process_alive_that_would_have_died() -> None:
 def test_after_uninstalling_sigterm_ends_the_process_again(then: str) -> None:
     """With the exit status of a process that never had a handler."""
     assert run_script(then) == ([], -signal.SIGTERM)
+
+
+FORKS = """
+import os, signal
+from asyncckpt.preemption import SigtermHandler
+handler = SigtermHandler(lambda: print("asked", flush=True))
+child = os.fork()
+if child == 0:
+    while True:
+        signal.pause()
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_dies_of_sigterm() -> None:
+    """A data loader's workers are ended by it, and would otherwise hang their parent."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(-signal.SIGTERM)]
