@@ -38,7 +38,7 @@ def held(stager: Stager) -> Iterator[Callable[[], None]]:
 def owned(size: int = 1 << 16) -> tuple[torch.Tensor, torch.optim.Optimizer]:
     """A parameter large enough to overlap, and its optimizer."""
     parameter = torch.nn.Parameter(torch.ones(size))
-    parameter.grad = torch.ones(size)
+    parameter.grad = -torch.ones(size)  # a step leaves no zeros, which stand for "not copied yet"
     return parameter, torch.optim.SGD([parameter], lr=1.0)
 
 
