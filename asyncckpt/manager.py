@@ -559,7 +559,7 @@ class CheckpointManager:
 
     def _on_sigterm(self) -> None:
         sync_point = getattr(self, "_sync_point", None)
-        # None: the signal came while the constructor was still busy. Later ones, on other ranks, mean the same preemption.
+        # None: the constructor was still busy. A later signal, on another rank, means the same preemption.
         if sync_point is not None and self._preempted_at is None:
             sync_point.request(PREEMPTION)
 

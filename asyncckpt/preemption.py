@@ -65,7 +65,7 @@ class SigtermHandler:
                 signal.raise_signal(signum)
 
     def _is_ours(self) -> bool:
-        """Whether the signal is for this manager: a forked child inherits the handler, but must die of a terminate()."""
+        """Whether the signal is for this manager: a forked child inherits the handler, but must die of terminate()."""
         return self._active and os.getpid() == self._pid
 
     def _beneath(self) -> Callable[[int, FrameType | None], object] | int | signal.Handlers:

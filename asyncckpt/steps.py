@@ -98,9 +98,10 @@ class StepFiles:
 
 def may_be_swept(path: str, newest_committed: int) -> bool:
     """Whether an empty folder, or an upload that nobody completed, can be of a killed writer alone: a step's folder, or
-    in it one of an attempt that is over, as its sequence number is below the newest committed one."""
+    in it one of an attempt that is over. With the number of the newest committed one, too: no listing showed them, so
+    it may have been given twice."""
     found = _HALF_MADE.match(path)
-    return found is not None and (found[2] is None or int(found[2]) < newest_committed)
+    return found is not None and (found[2] is None or int(found[2]) <= newest_committed)
 
 
 def belongs_to(name: str, sequence: int) -> bool:

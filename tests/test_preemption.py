@@ -193,8 +193,8 @@ from asyncckpt.preemption import SigtermHandler
 handler = SigtermHandler(lambda: print("asked", flush=True))
 child = os.fork()
 if child == 0:
-    while True:
-        signal.pause()
+    while True:  # busy: Python would not see a signal that comes just before a blocking call
+        pass
 os.kill(child, signal.SIGTERM)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
