@@ -11,8 +11,9 @@ import asyncio
 import errno
 import io
 from bisect import bisect_right
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -138,6 +139,25 @@ class S3Upload:
     def _result(self, future: Future[Any]) -> Any:
         with named_client_errors(self._what):
             return future.result()
+
+
+def abort_uploads(filesystem: Any, root: str, may_go: Callable[[str], bool]) -> None:
+    """Abort the multipart uploads below `root` whose path, relative to it, may go. Without it their parts are paid for
+    and never seen. An upload that ends in the meantime is no error."""
+    bucket, prefix, _ = filesystem.split_path(f"{root}/")
+    page: dict[str, Any] = {"IsTruncated": True, "NextKeyMarker": "", "NextUploadIdMarker": ""}
+    while page["IsTruncated"]:
+        page = filesystem.call_s3(
+            "list_multipart_uploads",
+            Bucket=bucket, Prefix=prefix,
+            KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"],
+        )  # fmt: skip
+        for upload in page.get("Uploads", ()):
+            if may_go(upload["Key"].removeprefix(prefix)):
+                with suppress(FileNotFoundError):
+                    filesystem.call_s3(
+                        "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
 
 
 def cut(views: Iterable[memoryview], size: int, part_bytes: int) -> Iterator[list[memoryview]]:

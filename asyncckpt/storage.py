@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 TEMP_PREFIX = ".tmp-"
@@ -67,6 +67,11 @@ class Storage(Protocol):
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files in bulk, and on a folder the folders left empty. A missing file is no error; every failure is
         one OSError after all were tried."""
+        ...
+
+    def sweep(self, may_go: Callable[[str], bool]) -> None:
+        """Remove what killed writers left and no listing shows, where `may_go(path)` says so: uploads that were never
+        completed, and empty folders. Half-made files of the storage's own go with or without their folder."""
         ...
 
     def check_writable(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from inspect import Parameter, signature
@@ -21,7 +21,7 @@ from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from asyncckpt.client_errors import OUT_OF_RANGE, named_client_errors
-from asyncckpt.s3_upload import S3Upload
+from asyncckpt.s3_upload import S3Upload, abort_uploads
 from asyncckpt.storage import TEMP_PREFIX, check_path, redact
 
 MIB = 1 << 20
@@ -141,6 +141,12 @@ class FsspecStorage:
             reasons = "; ".join(str(failure) for failure in failures[:3])
             message = f"{self._what('delete at', '')}: {len(failures)} of {len(names)} files failed: {reasons}"
             raise OSError(failures[0].errno, message) from ExceptionGroup("delete", failures)
+
+    def sweep(self, may_go: Callable[[str], bool]) -> None:
+        """GCS forgets an upload after a week, and the rest has none."""
+        if self._client == "s3fs":
+            with named_client_errors(self._what("sweep", "")):
+                abort_uploads(self._filesystem, self._root, may_go)
 
     def check_writable(self) -> None:
         probe = self._full(TEMP_PREFIX + secrets.token_hex(8))

@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from asyncckpt.local_file import NO_DIRECT_IO, O_DIRECT, FileWriter, named_errors, read_ranges, write_full
@@ -23,9 +23,9 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 class LocalStorage:
     """A `Storage` in a folder; see there for every contract.
 
-    `create` and `replace` write `.tmp-*` in the file's own folder. One that a crash left is never listed, and goes with
-    its folder: `delete` takes a folder for empty that holds nothing but such files older than an hour. Symbolic links
-    below the root are neither listed nor followed by `list_files`.
+    `create` and `replace` write `.tmp-*` in the file's own folder. One that a crash left is never listed; `delete` and
+    `sweep` remove those older than an hour from the folders that they come to. Symbolic links below the root are
+    neither listed nor followed by `list_files`.
     """
 
     max_file_bytes = 1 << 40  # ext4 ends at 16 TiB
@@ -128,6 +128,13 @@ class LocalStorage:
             message = f"delete at {self.url}: {len(failures)} of {len(names)} files or their folders failed: {reasons}"
             raise OSError(failures[0].errno, message) from ExceptionGroup("delete", failures)
 
+    def sweep(self, may_go: Callable[[str], bool]) -> None:
+        with named_errors(self._what("sweep", "")):
+            for full, _, _ in os.walk(self.root, topdown=False):
+                folder = os.path.relpath(full, self.root)
+                if folder != os.curdir and may_go(folder):
+                    self._remove_empty(folder)
+
     def check_writable(self) -> None:
         with named_errors(self._what("write to", "")):
             probe = os.path.join(self.root, TEMP_PREFIX + secrets.token_hex(8))
@@ -144,10 +151,10 @@ class LocalStorage:
         """Remove `folder` and those above it for as long as they are empty; never the root."""
         while folder:
             full = os.path.join(self.root, folder)
-            entries = _scan(full)
-            if all(_is_leftover(entry) for entry in entries):
-                for entry in entries:
-                    os.unlink(entry.path)
+            for entry in _scan(full):
+                if _is_leftover(entry):
+                    with suppress(FileNotFoundError):
+                        os.unlink(entry.path)
             try:
                 os.rmdir(full)
             except FileNotFoundError:

@@ -83,6 +83,9 @@ class RecordingStorage:
         names = tuple(paths)
         self._around(Call("delete", names), lambda: self.inner.delete(names))
 
+    def sweep(self, may_go: Callable[[str], bool]) -> None:
+        self._around(Call("sweep", ("",)), lambda: self.inner.sweep(may_go))
+
     def check_writable(self) -> None:
         self._around(Call("check_writable", ("",)), self.inner.check_writable)
 
@@ -385,6 +388,13 @@ class StorageTests:
         storage.delete(["1/a/file"])
         storage.create("1/a/file", b"second")
         assert storage.read_file("1/a/file") == b"second"
+
+    def test_sweep_leaves_every_file_that_is_whole(self, storage: Storage) -> None:
+        """Also where all may go."""
+        for path in ("1/a/b", "top"):
+            storage.create(path, b"x")
+        storage.sweep(lambda path: True)
+        assert storage.list_files() == {"1/a/b": 1, "top": 1}
 
     def test_check_writable_leaves_no_trace(self, storage: Storage) -> None:
         """Before and after the first file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncckpt.steps import attempt_name, belongs_to, manifest_name, read_listing, summarise
+from asyncckpt.steps import attempt_name, belongs_to, manifest_name, may_be_swept, read_listing, summarise
 
 A1, A2, A3 = (attempt_name(sequence, 7) for sequence in (1, 2, 3))
 
@@ -60,3 +60,9 @@ def test_what_belongs_to_a_save_is_told_by_name() -> None:
     """Its own data, its manifest, and `.metadata`."""
     names = [f"{A1}/a", f"{A2}/a", manifest_name(1), manifest_name(2), ".metadata"]
     assert [name for name in names if belongs_to(name, 2)] == [f"{A2}/a", manifest_name(2), ".metadata"]
+
+
+def test_what_may_be_swept_is_in_step_folders_and_of_attempts_that_are_over() -> None:
+    """Nothing of a save in flight, and nothing that is not ours."""
+    assert all(may_be_swept(path, 2) for path in ("10", f"10/{A1}", f"10/{A1}/__0_0.distcp", f"10/{A2}"))
+    assert not any(may_be_swept(path, 2) for path in (f"10/{A3}/__0_0.distcp", "10/mine", "mine", "010", f"mine/{A1}"))

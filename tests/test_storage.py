@@ -241,6 +241,19 @@ def test_a_killed_create_leaves_a_file_that_is_not_listed_and_goes_with_its_fold
     assert os.listdir(local.root) == []
 
 
+def test_sweep_removes_what_a_killed_writer_left_in_folders(local):
+    """Empty folders, and half-made files that are old enough; not those of which it is told so."""
+    local.create("1/file", b"x")
+    for folder in ("1/a/b", "2", "mine"):
+        os.makedirs(os.path.join(local.root, folder))
+    leftover = Path(local.root, "1", ".tmp-0123")
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (time.time() - 7200,) * 2)
+    local.sweep(lambda path: path != "mine")
+    assert sorted(os.listdir(local.root)) == ["1", "mine"]
+    assert os.listdir(Path(local.root, "1")) == ["file"]
+
+
 def test_a_refused_create_leaves_no_temporary_file(local):
     """Nor does one that succeeds."""
     local.create("1/file", b"x")
@@ -496,6 +509,15 @@ def test_s3_sends_a_large_file_in_parts_and_checks_its_size(s3, s3_calls):
     s3.write_file("file", 11 * MIB, iter([memoryview(bytes(11 * MIB))]))
     parts = ["upload_part"] * 3
     assert s3_calls == ["create_multipart_upload", *parts, "complete_multipart_upload", "head_object"]
+
+
+def test_s3_sweep_aborts_uploads_that_nobody_completed(s3, s3_url):
+    """Where it may, and not in a neighbour whose name begins alike."""
+    bucket, prefix, _ = s3._filesystem.split_path(s3_url)
+    for key in (f"{prefix}/1/a", f"{prefix}/1/b", f"{prefix}/2/a", f"{prefix}2/1/a"):
+        s3._filesystem.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    s3.sweep(lambda path: path.startswith("1/"))
+    assert uploads_left(s3) == [f"{prefix}/2/a", f"{prefix}2/1/a"]
 
 
 def test_s3_keeps_within_the_number_of_parts_that_s3_takes(s3, s3_calls, monkeypatch):
