@@ -14,8 +14,9 @@ General layout, in the order in which a save passes through it (each module impo
     objects, plan                     what may be saved, and who writes what
     shard, read                       items to bytes, and back
     restore, save, verify             one step; `save` is the writer thread's half of a manager
-    prime, optimizer_state            an optimizer's state: made before the first step; under its parameters' names
+    prime, named_state                an optimizer's state: made before the first step; under its parameters' names
     rng, loader, per_rank             random streams, the place in the data, values of one rank
+    object_state                      any other object's state
     train_state, state                all of a run's state as one; a user's state as what is saved
     writer, manager                   the background thread; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load

@@ -22,9 +22,12 @@ def rng_state(*, devices: bool = True) -> dict[str, Any]:
         "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
+    # Before its first use the streams of a device are not random state yet, and asking would start a context: about
+    # 0.5 GiB on CUDA.
     module = _accelerator() if devices else None
-    if module is not None:
-        state["devices"] = [module.get_rng_state(i) for i in range(module.device_count())]
+    if module is not None and getattr(module, "is_initialized", lambda: True)():
+        has_all = hasattr(module, "get_rng_state_all")  # MPS has one device and no such call
+        state["devices"] = module.get_rng_state_all() if has_all else [module.get_rng_state()]
     return state
 
 
@@ -35,10 +38,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    module = _accelerator()
-    if module is not None:
-        for index, device in zip(range(module.device_count()), state.get("devices", ()), strict=False):
+    module, saved = _accelerator(), state.get("devices", ())
+    if module is not None and hasattr(module, "get_rng_state_all"):
+        for index, device in zip(range(module.device_count()), saved, strict=False):
             module.set_rng_state(device, index)
+    elif module is not None and saved:
+        module.set_rng_state(saved[0])
 
 
 def derive_rng_state(state: dict[str, Any], rank: int) -> None:
@@ -51,12 +56,7 @@ def derive_rng_state(state: dict[str, Any], rank: int) -> None:
 
 
 def _accelerator() -> Any:
-    """torch's module of the accelerator in use; None where there is none, or it was not touched yet (asking its
-    generators would start a context: about 0.5 GiB on CUDA)."""
     if not torch.accelerator.is_available():
         return None
-    device = torch.accelerator.current_accelerator()
-    module = torch.get_device_module(device)
-    if not hasattr(module, "get_rng_state") or not getattr(module, "is_initialized", lambda: True)():
-        return None
-    return module
+    module = torch.get_device_module(torch.accelerator.current_accelerator())
+    return module if hasattr(module, "set_rng_state") else None

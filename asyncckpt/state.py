@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch.distributed.checkpoint.stateful import Stateful
 
-from asyncckpt.optimizer_state import SavedKeys
+from asyncckpt.named_state import SavedKeys
 from asyncckpt.per_rank import collect_per_rank, expand_per_rank
 from asyncckpt.train_state import TrainState
 from stagers import StateDict

@@ -5,37 +5,29 @@ It says what the state is, by key, and puts it back in the right order; it reads
 
     model          {[name.]fqn: tensor}                                      DCP's canonical names
     optimizer      [name]: {"state": {fqn: {...}}, "param_groups": [...]}    DCP's, each optimizer by itself
-    scheduler, scaler, progress, rng/rank_<k>, dataloader/rank_<k>           one object each
+    scheduler, scaler, progress, rng/rank_<k>, dataloader/rank_<k>           one object each (object_state.py)
     <registered>   an nn.Module: {fqn: tensor}; else {"tensors": {path: tensor}, "values": one object}
 
-An object is a 1-tuple around plain values. DCP takes a tuple for a leaf, so that empty dicts, int keys and nested lists
-come back as they were; dicts it would take apart, and lose or rename these. Called by manager.py and by users.
+Called by manager.py and by users.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.optim import Optimizer
 
-from asyncckpt import optimizer_state
 from asyncckpt.errors import StateMismatchError
 from asyncckpt.loader import LoaderPosition
-from asyncckpt.optimizer_state import SavedKeys
+from asyncckpt.named_state import ModuleState, OptimizerState, SavedKeys
+from asyncckpt.object_state import ObjectState, is_stateful, pack, unpack
 from asyncckpt.per_rank import PerRank, saved_ranks, source_rank
-from asyncckpt.prime import prime_optimizer
 from asyncckpt.rng import derive_rng_state, rng_state, set_rng_state
 
 _OWN_KEYS = ("model", "optimizer", "scheduler", "scaler", "progress", "rng", "dataloader")
@@ -66,32 +58,37 @@ class TrainState:
     ) -> None:
         self.step = 0
         self.epoch = 0
-        models = _by_name(model)
-        self._model: Any = model if "" in models else nn.ModuleDict(models) if models else None
-        self._optimizers: dict[str, Optimizer] = _by_name(optimizer)
-        if self._optimizers and self._model is None:
-            raise ValueError("an optimizer needs its model here: its state is saved under the parameters' names")
+        self._options = options or StateDictOptions()
+        self._model = _module_state(_by_name(model), self._options)
+        self._optimizers: dict[str, OptimizerState] = {}
+        for name, one in _by_name(optimizer).items():
+            if self._model is None:
+                raise ValueError("an optimizer needs its model here: its state is saved under the parameters' names")
+            self._optimizers[name] = OptimizerState(one, self._model.module, self._options)
         self._schedulers = _by_name(scheduler)
         self._scaler = scaler
-        self._loaders = {name: LoaderPosition(loader) for name, loader in _by_name(dataloader).items()}
+        self._loaders = {name: LoaderPosition(one) for name, one in _by_name(dataloader).items()}
         self._rng = rng
-        self._options = options or StateDictOptions()
-        self._primed: dict[str, int] = {}
-        self._objects: dict[str, Any] = {}
+        self._objects: dict[str, ModuleState | ObjectState] = {}
+        self._per_rank = {"rng", "dataloader"}
         for name, value in objects.items():
             self.register(name, value)
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
-        return tuple(self._optimizers.values())
+        return tuple(state.optimizer for state in self._optimizers.values())
 
     def register(self, name: str, value: Any) -> None:
         """Save and restore `value`, too, under `name`: an object with state_dict/load_state_dict, or a PerRank."""
         if name in _OWN_KEYS or name in self._objects or not name.isidentifier():
             raise ValueError(f"{name!r} cannot be registered: it is taken, or no identifier")
-        if not isinstance(value, PerRank) and not _is_stateful(value):
+        if isinstance(value, PerRank):
+            self._per_rank.add(name)
+        elif not is_stateful(value):
             raise TypeError(f"{name!r} has no state_dict/load_state_dict; wrap a plain value of this rank in PerRank")
-        self._objects[name] = value
+        # An EMA copy is frozen, so `ignore_frozen_params` is meant for models only.
+        options = dataclasses.replace(self._options, ignore_frozen_params=False)
+        self._objects[name] = ModuleState(value, options) if isinstance(value, nn.Module) else ObjectState(value)
 
     def batches(
         self, epochs: int | None = None, *, loader: str | None = None, fast_skip: bool = False
@@ -122,27 +119,22 @@ class TrainState:
 
         Changes nothing but optimizers without state, which are primed.
         """
-        rank = _rank()
-        state: dict[str, Any] = {"progress": ({"step": self.step, "epoch": self.epoch},)}
+        state: dict[str, Any] = {"progress": pack({"step": self.step, "epoch": self.epoch})}
         if self._model is not None:
-            state["model"] = dict(get_model_state_dict(self._model, options=self._options))
+            state["model"] = self._model.get()
         for name, optimizer in self._optimizers.items():
-            self._prime(name, optimizer)
-            osd = optimizer_state.get_state(self._model, optimizer, self._options)
-            state["optimizer"] = {**state.get("optimizer", {}), name: osd} if name else osd
+            state["optimizer"] = {**state.get("optimizer", {}), name: optimizer.get()} if name else optimizer.get()
         if self._schedulers:
-            state["scheduler"] = _object({name: s.state_dict() for name, s in self._schedulers.items()})
+            state["scheduler"] = pack({name: scheduler.state_dict() for name, scheduler in self._schedulers.items()})
         if self._scaler is not None:
-            state["scaler"] = _object(self._scaler.state_dict())
+            state["scaler"] = pack(self._scaler.state_dict())
         if self._rng:
-            state[f"rng/rank_{rank}"] = _object(rng_state())
+            state["rng"] = pack(rng_state())
         if self._loaders:
             self._warn_of_unknown_positions()
-            state[f"dataloader/rank_{rank}"] = _object({n: p.state_dict() for n, p in self._loaders.items()})
-        for name, value in self._objects.items():
-            key = f"{name}/rank_{rank}" if isinstance(value, PerRank) else name
-            state[key] = self._registered_state(value.value if isinstance(value, PerRank) else value)
-        return state
+            state["dataloader"] = pack({name: position.state_dict() for name, position in self._loaders.items()})
+        state |= {name: part.get() for name, part in self._objects.items()}
+        return {f"{key}/rank_{_rank()}" if key in self._per_rank else key: value for key, value in state.items()}
 
     def target_state_dict(self, saved: SavedKeys) -> dict[str, Any]:
         """What a checkpoint is to be loaded into before `load_state_dict`: state_dict(), fitted to what was saved.
@@ -154,19 +146,16 @@ class TrainState:
         """
         target = self.state_dict()
         ranks, rank = saved_ranks(saved), _rank()
-        for key in [key for key in target if "/rank_" in key]:
-            base = key.partition("/")[0]
-            target[f"{base}/rank_{source_rank(base, rank, ranks)}"] = target.pop(key)
+        for base in self._per_rank & {key.partition("/")[0] for key in target}:
+            target[f"{base}/rank_{source_rank(base, rank, ranks)}"] = target.pop(f"{base}/rank_{rank}")
+        if self._model is not None:
+            self._model.fit(target["model"], saved, "model.")
         for name, optimizer in self._optimizers.items():
-            osd, prefix = (
-                (target["optimizer"][name], f"optimizer.{name}.") if name else (target["optimizer"], "optimizer.")
-            )
-            optimizer_state.fit_to_checkpoint(osd, optimizer, saved, prefix)
-        for key, entry in target.items():
-            if key.partition("/")[0] in self._objects and "values" in entry:
-                _fit_tensors(entry, saved, f"{key}.tensors.")
-        if not self._options.strict and "model" in target:
-            target["model"] = {fqn: value for fqn, value in target["model"].items() if f"model.{fqn}" in saved}
+            entry, prefix = (target["optimizer"][name], f"{name}.") if name else (target["optimizer"], "")
+            optimizer.fit(entry, saved, f"optimizer.{prefix}")
+        for key in target:
+            if (part := self._objects.get(key.partition("/")[0])) is not None:
+                part.fit(target[key], saved, f"{key}.")
         return target
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -175,34 +164,23 @@ class TrainState:
         Raises StateMismatchError for a missing part, torch's errors for a model or optimizer of another structure.
         """
         if self._model is not None:
-            self._load_module(self._model, _part(state_dict, "model"))
+            self._model.load(_part(state_dict, "model"))
         for name, optimizer in self._optimizers.items():
-            self._prime(name, optimizer)
             osd = _part(state_dict, "optimizer")
-            optimizer_state.load_state(self._model, optimizer, _part(osd, name) if name else osd, self._options)
-        for name, value in self._objects.items():
-            if isinstance(value, PerRank):
-                value.value = self._load_registered(value.value, _own_part(state_dict, name)[1])
-            else:
-                self._load_registered(value, _part(state_dict, name))
+            optimizer.load(_part(osd, name) if name else osd)
+        for name, part in self._objects.items():
+            part.load(_own_part(state_dict, name)[1] if name in self._per_rank else _part(state_dict, name))
         for name, scheduler in self._schedulers.items():
-            scheduler.load_state_dict(_part(_value(_part(state_dict, "scheduler")), name))
+            scheduler.load_state_dict(_part(unpack(_part(state_dict, "scheduler")), name))
         if self._scaler is not None:
-            self._scaler.load_state_dict(_value(_part(state_dict, "scaler")))
+            self._scaler.load_state_dict(unpack(_part(state_dict, "scaler")))
         for name, position in self._loaders.items():
-            position.load_state_dict(_part(_value(_own_part(state_dict, "dataloader")[1]), name))
-        progress = _value(_part(state_dict, "progress"))
+            position.load_state_dict(_part(unpack(_own_part(state_dict, "dataloader")[1]), name))
+        progress = unpack(_part(state_dict, "progress"))
         self.step, self.epoch = progress["step"], progress["epoch"]
         if self._rng:
             source, streams = _own_part(state_dict, "rng")
-            set_rng_state(_value(streams)) if source == _rank() else derive_rng_state(_value(streams), _rank())
-
-    def _prime(self, name: str, optimizer: Optimizer) -> None:
-        trainable = sum(param.requires_grad for group in optimizer.param_groups for param in group["params"])
-        if self._primed.get(name) != trainable:
-            with contextlib.suppress(ValueError):  # no exact initial state: saved, and restored, as none
-                prime_optimizer(optimizer)
-            self._primed[name] = trainable
+            set_rng_state(unpack(streams)) if source == _rank() else derive_rng_state(unpack(streams), _rank())
 
     def _warn_of_unknown_positions(self) -> None:
         if self.step and any(position.is_unknown for position in self._loaders.values()):
@@ -212,32 +190,11 @@ class TrainState:
                 stacklevel=3,
             )
 
-    def _registered_state(self, value: Any) -> dict[str, Any]:
-        if isinstance(value, nn.Module):
-            options = dataclasses.replace(self._options, ignore_frozen_params=False)  # an EMA copy is all frozen
-            return dict(get_model_state_dict(value, options=options))
-        tensors: dict[str, torch.Tensor] = {}
-        tree = _map(value.state_dict() if _is_stateful(value) else value, lambda path, leaf: _take(path, leaf, tensors))
-        return {"values": (tree,), **({"tensors": tensors} if tensors else {})}
 
-    def _load_registered(self, value: Any, entry: Mapping[str, Any]) -> Any:
-        """Load into `value` and return it, or return the plain value that was saved."""
-        if isinstance(value, nn.Module):
-            self._load_module(value, entry)
-            return value
-        tensors = entry.get("tensors", {})
-        restored = _map(
-            _value(_part(entry, "values")),
-            lambda path, leaf: tensors[_join(path)] if isinstance(leaf, torch.Tensor) else leaf,
-        )
-        if not _is_stateful(value):
-            return restored
-        value.load_state_dict(restored)
-        return value
-
-    def _load_module(self, module: nn.Module, fqns: Mapping[str, Any]) -> None:
-        strict = self._options.strict and not self._options.ignore_frozen_params
-        set_model_state_dict(module, dict(fqns), options=dataclasses.replace(self._options, strict=strict))
+def _module_state(models: Mapping[str, nn.Module], options: StateDictOptions) -> ModuleState | None:
+    if not models:
+        return None
+    return ModuleState(models[""] if "" in models else nn.ModuleDict(models), options)
 
 
 def _by_name(value: Any) -> dict[str, Any]:
@@ -249,20 +206,8 @@ def _by_name(value: Any) -> dict[str, Any]:
     return {str(i): v for i, v in enumerate(value)} if isinstance(value, list | tuple) else {"": value}
 
 
-def _is_stateful(value: Any) -> bool:
-    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
-
-
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _object(value: Any) -> tuple[Any]:
-    return (_map(value, lambda _, leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf),)
-
-
-def _value(entry: Any) -> Any:
-    return copy.deepcopy(entry[0])
 
 
 def _part(state: Mapping[str, Any], key: str) -> Any:
@@ -276,45 +221,3 @@ def _own_part(state: Mapping[str, Any], key: str) -> tuple[int, Any]:
     ranks = saved_ranks(state).get(key, {_rank()})
     source = _rank() if _rank() in ranks else min(ranks)
     return source, _part(state, f"{key}/rank_{source}")
-
-
-def _map(value: Any, leaf: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:
-    """`value` with new containers and leaf(path, value) at each leaf; numpy's scalars, which would need pickle, become
-    Python's."""
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # stays a Counter or an OrderedDict
-        for key, item in value.items():
-            copied[key] = _map(item, leaf, (*path, key))
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(_map(item, leaf, (*path, index)) for index, item in enumerate(value))
-    return leaf(path, value.item() if isinstance(value, np.generic) else value)
-
-
-def _join(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path)) or "value"
-
-
-def _take(path: tuple[Any, ...], leaf: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move a tensor to `tensors`, so that it is saved by itself; an empty one marks its place."""
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    if _join(path) in tensors:
-        raise ValueError(f"two tensors of a registered object have the path {_join(path)!r}; rename a key")
-    tensors[_join(path)] = leaf
-    return torch.empty(0)
-
-
-def _fit_tensors(entry: dict[str, Any], saved: SavedKeys, prefix: str) -> None:
-    """Ask for the tensors that were saved: into ours where they fit, else into new ones."""
-    ours = entry.pop("tensors", {})
-    fitted = {}
-    for key, kind in saved.items():
-        if key.startswith(prefix) and isinstance(kind, TensorStorageMetadata):
-            tensor = ours.get(path := key.removeprefix(prefix))
-            fits = tensor is not None and tensor.shape == kind.size and tensor.dtype == kind.properties.dtype
-            if not fits and not isinstance(tensor, DTensor):  # a DTensor of another shape is an error, later
-                tensor = torch.empty(kind.size, dtype=kind.properties.dtype, device=getattr(tensor, "device", "cpu"))
-            fitted[path] = tensor
-    if fitted:
-        entry["tensors"] = fitted

@@ -593,6 +593,24 @@ def test_a_parameter_group_added_later_is_asked_for_by_name(tmp_path):
         restore(build(1), tmp_path)
 
 
+def test_names_follow_a_model_and_an_optimizer_that_grow():
+    """They are remembered between saves, as long as the parameters are the same."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    train = TrainState(model=model, optimizer=optimizer, rng=False)
+    assert bits(train.state_dict()) == bits(train.state_dict())
+    model.insert(0, nn.Linear(2, 2))
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    grown = train.state_dict()
+    assert set(grown["model"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert [group["params"] for group in grown["optimizer"]["param_groups"]] == [
+        ["1.weight", "1.bias"],
+        ["0.weight", "0.bias"],
+    ]
+    fresh = TrainState(model=model, optimizer=optimizer, rng=False)
+    assert bits(train.state_dict()) == bits(fresh.state_dict()) == bits(grown)
+
+
 def test_options_that_a_step_adds_to_a_group_are_restored(tmp_path):
     """Several third-party optimizers count their steps in the group."""
     model = nn.Linear(2, 2)
@@ -694,6 +712,16 @@ def test_a_wrapped_model_restores_what_an_unwrapped_one_saved(wrap, one_rank, tm
         for key, value in state.items():
             other = found["optimizer"]["state"][fqn][key]
             assert torch.equal(other.full_tensor() if isinstance(other, DTensor) else other, value)
+
+
+def test_a_stock_dcp_load_takes_a_train_state_as_a_stateful(tmp_path):
+    """As any Stateful, at the top level of a plain dict."""
+    first = Run().steps(3)
+    dcp.save({"train": first.state}, checkpoint_id=tmp_path)
+    expected = first.end()[1:]
+    second = Run(seed_value=1234)
+    dcp.load({"train": second.state}, checkpoint_id=tmp_path)
+    assert second.end()[1:] == expected
 
 
 def test_options_reach_dcp(tmp_path):
