@@ -1,0 +1,67 @@
+"""A job that stays up: each test has all its ranks run one function, so that one launch serves them all."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from tests.processes import Job, Link
+
+
+class Crew:
+    """`world_size` ranks. `body(link, *args)` is a module-level function; after a failure the next one gets new ranks.
+
+    Warnings are errors on the ranks, too.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.num_launches = 0
+        self._job: Job | None = None
+
+    def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `body` returned, by rank."""
+        self.start(body, *args)
+        return self.results()
+
+    def start(self, body: Callable[..., Any], *args: Any) -> Job:
+        """Begin `body` on all ranks; the test may `tell`, `hear` and `signal` them until it asks for the `results`."""
+        if self._job is None:
+            self.num_launches += 1
+            self._job = Job(self.world_size, serve)
+        for rank in range(self.world_size):
+            self._job.tell(rank, (body, args))
+        return self._job
+
+    def results(self) -> list[Any]:
+        assert self._job is not None
+        job, self._job = self._job, None  # until all went well
+        try:
+            answers = [job.hear(rank) for rank in range(self.world_size)]
+            failures = [f"rank {rank}:\n{answer}" for rank, (failed, answer) in enumerate(answers) if failed]
+            assert not failures, "\n".join(failures)
+        except BaseException:
+            job.__exit__(None, None, None)
+            raise
+        self._job = job
+        return [answer for _, answer in answers]
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        if self._job is not None:
+            self._job.__exit__(kind, exc, tb)
+
+
+def serve(link: Link) -> None:
+    warnings.simplefilter("error")
+    while True:
+        body, args = link.receive()
+        try:
+            link.send((False, body(link, *args)))
+        except BaseException:
+            link.send((True, traceback.format_exc()))

@@ -1,0 +1,104 @@
+"""One small training run under each kind of parallelism, and its state as digests that do not show the kind."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from asyncckpt import CheckpointManager, TrainState
+from asyncckpt.plan import leaves
+from tests.processes import Link
+from tests.states import raw_bytes, tensor_of
+
+KINDS = ["ddp", "fsdp", "hsdp", "fsdp+tp"]
+SAVED_STEP, NUM_STEPS = 2, 4
+
+
+class Net(nn.Module):
+    """No number of ranks divides all of its sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Sequential(nn.Linear(13, 10), nn.Tanh())
+        self.down = nn.Linear(10, 7)
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        return self.down(self.up(x)).tanh()
+
+
+def build(kind: str, seed: int) -> TrainState:
+    """A fresh state; kind: one of KINDS, or "whole" for a process alone."""
+    torch.manual_seed(seed)
+    model: nn.Module = Net()
+    if kind != "whole":
+        model = _parallelize(model, kind)
+        torch.manual_seed(seed + dist.get_rank())  # from here on every rank has its own random numbers
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return TrainState(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 2))
+
+
+def _parallelize(model: nn.Module, kind: str) -> nn.Module:
+    num_ranks = dist.get_world_size()
+    line = init_device_mesh("cpu", (num_ranks,))
+    grid = init_device_mesh("cpu", (2, num_ranks // 2), mesh_dim_names=("outer", "inner"))
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp+tp":
+        model = parallelize_module(model, grid["inner"], {"up.0": ColwiseParallel(), "down": RowwiseParallel()})
+    mesh = {"fsdp": line, "hsdp": grid, "fsdp+tp": grid["outer"]}[kind]
+    fully_shard(model.up, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(state: TrainState, manager: CheckpointManager | None = None) -> list[float]:
+    """Run the steps that are left; this rank's random numbers, one a step."""
+    drawn = []
+    for step in range(state.step, NUM_STEPS):
+        drawn.append(torch.rand(()).item())
+        state._model(tensor_of(torch.float32, 5, 13, seed=step)).square().mean().backward()
+        state.optimizers[0].step()
+        state.optimizers[0].zero_grad()
+        state._schedulers[""].step()
+        if manager is not None:
+            manager.save_async(step, state)
+    return drawn
+
+
+def digest(state: TrainState) -> dict[str, str]:
+    """Of every bit of the model, the optimizer and the scheduler, as whole tensors."""
+    found = {}
+    for fqn, leaf in leaves(state.state_dict()).items():
+        if fqn.split(".")[0] in ("model", "optimizer", "scheduler"):
+            value = leaf.value.full_tensor() if isinstance(leaf.value, DTensor) else leaf.value
+            if isinstance(value, torch.Tensor):
+                value = value.dtype, tuple(value.shape), hashlib.sha256(raw_bytes(value)).hexdigest()
+            found[fqn] = str(value)
+    return found
+
+
+def run_and_save(link: Link, kind: str, path: str) -> tuple[dict[str, str], list[float]]:
+    """An uninterrupted run that saves every second step: its state at the end, and the random numbers on the way."""
+    state = build(kind, seed=0)
+    with CheckpointManager(path, SAVED_STEP) as manager:
+        drawn = train(state, manager)
+    return digest(state), drawn
+
+
+def resume(link: Link, kind: str, path: str) -> tuple[dict[str, str], int, dict[str, str], list[float]]:
+    """(the state restored, the next step, the state at the end, the random numbers on the way)."""
+    state = build(kind, seed=50)
+    with CheckpointManager(path, SAVED_STEP) as manager:
+        manager.restore(SAVED_STEP, state)
+    restored, step = digest(state), state.step
+    drawn = train(state)
+    return restored, step, digest(state), drawn

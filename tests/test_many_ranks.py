@@ -1,0 +1,231 @@
+"""CheckpointManager on real ranks: whatever layout saved a state, any other restores it bit for bit."""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from asyncckpt import CheckpointManager, PerRank, ShardReader, ShardWriter
+from asyncckpt.manifest import Manifest, decode_manifest, payload_bytes_of
+from tests.crew import Crew
+from tests.layouts import own, parts, state_of, target_of, whole
+from tests.parallel_runs import KINDS, SAVED_STEP, build, digest, resume, run_and_save
+from tests.processes import Link
+from tests.states import assert_same, target_like, tensor_of
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Crew]:
+    with Crew(4) as crew:
+        yield crew
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Crew]:
+    with Crew(2) as crew:
+        yield crew
+
+
+# -- layouts
+
+
+def save_layouts(link: Link, path: str, seed: int) -> None:
+    with CheckpointManager(path, 1) as manager:
+        manager.save_async(1, state_of(seed, link.rank, dist.get_world_size()))
+
+
+def restore_layouts(link: Link, path: str, seed: int, turned: bool, num_saved: int) -> list[str]:
+    """What was warned of. num_saved: the ranks that saved."""
+    world_size = dist.get_world_size()
+    target = target_of(link.rank, world_size, turned=turned)
+    before = dict(target["sharded"])
+    with warnings.catch_warnings(record=True) as warned, CheckpointManager(path, 1) as manager:
+        warnings.simplefilter("always")
+        manager.restore(1, target)
+    expected = state_of(seed, link.rank, world_size, turned=turned)
+    assert parts(target) == parts(expected)
+    assert all(target["sharded"][key] is tensor for key, tensor in before.items())
+    assert target["nested"][0] == {"n": seed}
+    assert_same(own(seed, link.rank % num_saved), target["mine"].value)
+    return [str(warning.message) for warning in warned]
+
+
+@pytest.fixture(scope="module")
+def saved_by_four(four: Crew, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("four") / "run"
+    four.run(save_layouts, str(path), 3)
+    return path
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_four_ranks_saved_four_ranks_restore(four: Crew, saved_by_four: pathlib.Path, turned: bool) -> None:
+    """Into the same layouts and into others; every rank gets back its own values."""
+    assert four.run(restore_layouts, str(saved_by_four), 3, turned, 4) == [[]] * 4
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_four_ranks_saved_two_ranks_restore(two: Crew, saved_by_four: pathlib.Path, turned: bool) -> None:
+    """Ranks 2 and 3 are gone, and their own values with them."""
+    assert two.run(restore_layouts, str(saved_by_four), 3, turned, 4) == [[]] * 2
+
+
+def test_what_two_ranks_saved_four_ranks_restore(two: Crew, four: Crew, tmp_path: pathlib.Path) -> None:
+    """A rank that is new takes the own values of one that was there, and says so."""
+    two.run(save_layouts, str(tmp_path), 4)
+    warned = four.run(restore_layouts, str(tmp_path), 4, False, 2)
+    assert [len(messages) for messages in warned] == [0, 0, 1, 1]
+    assert "rank 3 was not there and takes rank 1's" in warned[3][0]
+
+
+def one_target() -> dict[str, Any]:
+    return {
+        "sharded": target_like(whole(0)),
+        "plain": torch.zeros(700, 600),
+        "nested": [{"n": 0}, torch.zeros(3, dtype=torch.int64)],
+    }
+
+
+def one_truth(seed: int) -> dict[str, Any]:
+    return {
+        "sharded": whole(seed),
+        "plain": tensor_of(torch.float32, 700, 600, seed=seed),
+        "nested": [{"n": seed}, torch.arange(3) + seed],
+    }
+
+
+def test_what_four_ranks_saved_one_process_restores(saved_by_four: pathlib.Path) -> None:
+    """Without a process group, into plain tensors."""
+    target = one_target() | {"mine": PerRank(target_like(own(0, 0)))}
+    with CheckpointManager(str(saved_by_four), 1) as manager:
+        manager.verify(1)
+        manager.restore(1, target)
+    assert_same(own(3, 0), target.pop("mine").value)
+    assert_same(one_truth(3), target)
+
+
+# -- stock DCP
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_stock_dcp_load_reads_in_one_process_what_four_ranks_saved(saved_by_four: pathlib.Path) -> None:
+    """Every rank's own values, too, under their keys."""
+    target = one_target() | {f"mine/rank_{rank}": target_like(own(0, rank)) for rank in range(4)}
+    dcp.load(target, checkpoint_id=str(saved_by_four / "1"))
+    assert_same(one_truth(3) | {f"mine/rank_{rank}": own(3, rank) for rank in range(4)}, target)
+
+
+def load_with_stock_dcp(link: Link, path: str, seed: int, turned: bool) -> None:
+    target = target_of(link.rank, 4, turned=turned)
+    target[f"mine/rank_{link.rank}"] = target.pop("mine").value
+    dcp.load(target, checkpoint_id=path)
+    assert_same(own(seed, link.rank), target.pop(f"mine/rank_{link.rank}"))
+    assert parts(target) == parts(state_of(seed, link.rank, 4, turned=turned))
+
+
+def test_stock_dcp_load_reads_on_four_ranks_what_four_ranks_saved(four: Crew, saved_by_four: pathlib.Path) -> None:
+    """Into the same layouts and into others."""
+    for turned in (False, True):
+        four.run(load_with_stock_dcp, str(saved_by_four / "1"), 3, turned)
+
+
+def save_with_stock_dcp(link: Link, path: str, seed: int, use_shard_writer: bool) -> None:
+    state = state_of(seed, link.rank, dist.get_world_size())
+    state[f"mine/rank_{link.rank}"] = state.pop("mine").value
+    dcp.save(state, storage_writer=ShardWriter(path) if use_shard_writer else None, checkpoint_id=path)
+
+
+def test_what_four_ranks_saved_with_stock_dcp_is_restored(four: Crew, two: Crew, tmp_path: pathlib.Path) -> None:
+    """A foreign step, on the same ranks and on fewer."""
+    four.run(save_with_stock_dcp, str(tmp_path / "1"), 5, False)
+    four.run(restore_layouts, str(tmp_path), 5, True, 4)
+    two.run(restore_layouts, str(tmp_path), 5, False, 4)
+
+
+def load_with_shard_reader(link: Link, path: str, seed: int) -> None:
+    target = target_of(link.rank, 2, turned=True)
+    target[f"mine/rank_{link.rank}"] = target.pop("mine").value
+    dcp.load(target, storage_reader=ShardReader(path))
+    assert_same(own(seed, link.rank), target.pop(f"mine/rank_{link.rank}"))
+    assert parts(target) == parts(state_of(seed, link.rank, 2, turned=True))
+
+
+def test_shard_writer_and_reader_serve_stock_save_and_load_on_two_ranks(two: Crew, tmp_path: pathlib.Path) -> None:
+    """Saved twice: the second save replaces the first. The manager knows the step."""
+    for seed in (6, 7):
+        two.run(save_with_stock_dcp, str(tmp_path / "1"), seed, True)
+        two.run(load_with_shard_reader, str(tmp_path / "1"), seed)
+    assert len(list((tmp_path / "1").glob("manifest-*"))) == 1
+    two.run(restore_layouts, str(tmp_path), 7, False, 2)
+
+
+# -- who writes what
+
+
+def manifest_of(step: pathlib.Path) -> Manifest:
+    (path,) = step.glob("manifest-*.json")
+    return decode_manifest(path.read_bytes())
+
+
+def test_replicas_are_written_once_and_every_rank_writes_its_own_files(saved_by_four: pathlib.Path) -> None:
+    """No byte of the state is stored twice."""
+    chunks = manifest_of(saved_by_four / "1").chunks
+    for key, num_chunks in {"plain": 1, "sharded.replicated": 1, "sharded.hybrid": 2, "sharded.rows": 4}.items():
+        assert len([chunk for chunk in chunks if chunk.key == key]) == num_chunks, key
+    stored = sum(
+        payload_bytes_of(chunk.layout) for chunk in chunks if chunk.layout and chunk.key.startswith("sharded.")
+    )
+    assert stored == sum(tensor.nbytes for tensor in whole(3).values())
+    assert {chunk.file.split("_")[2] for chunk in chunks} == {"0", "1", "2", "3"}
+    for rank in range(4):
+        assert {chunk.file for chunk in chunks if chunk.key == f"mine/rank_{rank}.draws"} == {f"__{rank}_0.distcp"}
+
+
+# -- training runs
+
+
+@pytest.fixture(scope="module")
+def runs(four: Crew, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[Any]]]:
+    """{kind: (path of the run on four ranks, what each rank saw)}."""
+    path = tmp_path_factory.mktemp("runs")
+    return {kind: (str(path / kind), four.run(run_and_save, kind, str(path / kind))) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_from_a_checkpoint_as_if_never_interrupted(four: Crew, runs: Any, kind: str) -> None:
+    """Parameters, moments, schedule and the random numbers of each rank."""
+    path, seen = runs[kind]
+    for rank, (_, step, end, drawn) in enumerate(four.run(resume, kind, path)):
+        expected_end, expected_drawn = seen[rank]
+        assert step == SAVED_STEP + 1
+        assert end == expected_end
+        assert drawn == expected_drawn[step:]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_four_ranks_is_restored_without_a_process_group(four: Crew, runs: Any, kind: str) -> None:
+    """Into a plain model and optimizer, the same bits."""
+    path, _ = runs[kind]
+    state = build("whole", seed=50)
+    with CheckpointManager(path, 1) as manager:
+        manager.restore(SAVED_STEP, state)
+    restored, *_ = four.run(resume, kind, path)[0]
+    assert digest(state) == restored
+
+
+@pytest.mark.parametrize(("kind", "num_ranks"), [("hsdp", 4), ("fsdp+tp", 4), ("fsdp", 2), ("ddp", 2)])
+def test_an_fsdp_run_is_restored_under_any_parallelism(
+    four: Crew, two: Crew, runs: Any, kind: str, num_ranks: int
+) -> None:
+    """On as many ranks or fewer, the same bits."""
+    path, _ = runs["fsdp"]
+    expected, *_ = four.run(resume, "fsdp", path)[0]
+    for restored, *_ in {4: four, 2: two}[num_ranks].run(resume, kind, path):
+        assert restored == expected
