@@ -248,7 +248,8 @@ class TestOverlappingAsyncStager(StagerTests):
         del lost, stager
         gc.collect()
         for thread in threads:
-            thread.join()
+            thread.join(timeout=60)
+            assert not thread.is_alive()
         snapshot.wait()
         assert snapshot.state_dict["p"].all()
 
