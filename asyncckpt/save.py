@@ -135,7 +135,9 @@ class Saver:
             job.snapshot.wait()
             writing = time.perf_counter()
             planned = job.planned
-            chunks, files = write_items(self.storage, job.folder, self.ranks.rank, planned.plan.items, planned.planner)
+            chunks, files = write_items(
+                self.storage, job.folder, self.ranks.rank, planned.plan.items, planned.planner()
+            )
         except Exception as exc:
             return b"", exc
         finally:
