@@ -170,6 +170,17 @@ def generator_loader():
     return DataLoader(Noisy(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5))
 
 
+def shared_generator_loader():
+    """One generator for the order and, while the epoch runs, for the data."""
+    generator = torch.Generator().manual_seed(5)
+
+    class Drawing(Noisy):
+        def __getitem__(self, index):
+            return index, torch.rand(3, generator=generator)
+
+    return DataLoader(Drawing(), batch_size=4, shuffle=True, generator=generator)
+
+
 def replacement_loader():
     sampler = RandomSampler(Noisy(), replacement=True, num_samples=22, generator=torch.Generator().manual_seed(5))
     return DataLoader(Noisy(), batch_size=4, sampler=sampler, drop_last=True)
@@ -216,12 +227,33 @@ def stateful_loader():
 @pytest.mark.parametrize("interrupt", [3, 6, 11])
 @pytest.mark.parametrize(
     "make_loader",
-    [generator_loader, replacement_loader, batch_sampler_loader, distributed_loader, unbatched_loader, iterable_loader,
-     stateful_loader],
-)  # fmt: skip
+    [
+        generator_loader,
+        shared_generator_loader,
+        replacement_loader,
+        batch_sampler_loader,
+        distributed_loader,
+        unbatched_loader,
+        iterable_loader,
+        stateful_loader,
+    ],
+)
 def test_every_kind_of_loader_goes_on_where_it_stood(make_loader, interrupt, tmp_path):
     """Own generators, samplers told the epoch, data without indices, and a loader that keeps its own state."""
     assert_resumes_exactly(through_a_file, tmp_path, interrupt, 13, make_loader=make_loader)
+
+
+def test_samplers_are_told_the_epoch():
+    """Without it a DistributedSampler shuffles every epoch alike."""
+    sampler = DistributedSampler(Noisy(), num_replicas=2, rank=0, seed=3)
+    train = TrainState(dataloader=DataLoader(Noisy(), batch_size=11, sampler=sampler))
+    orders = [index.tolist() for index, _ in train.batches(epochs=2)]
+    expected = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        expected.append(list(sampler))
+    assert orders == expected
+    assert expected[0] != expected[1]
 
 
 def worker_loader():
@@ -307,7 +339,7 @@ def test_batches_ends_after_so_many_epochs_in_all(tmp_path):
 
 def test_a_loop_left_in_the_middle_goes_on_in_the_next_one():
     """`break` for an evaluation, then on: no batch is lost or repeated."""
-    for make_loader in (None, stateful_loader):
+    for make_loader in (None, stateful_loader, persistent_loader):
         expected = samples(Run(make_loader=make_loader), 8)
         run = Run(make_loader=make_loader).steps(3)
         assert samples(run, 8) == expected
@@ -738,6 +770,8 @@ def test_options_reach_dcp(tmp_path):
     fresh = TrainState(model=model, optimizer=torch.optim.Adam(model[1].parameters()), options=options)
     restore(fresh, tmp_path)
     assert bits(fresh.state_dict()["optimizer"]) == bits(state["optimizer"])
+    ema = AveragedModel(model).requires_grad_(False)
+    assert "module.0.weight" in TrainState(model=model, ema=ema, options=options).state_dict()["ema"]
 
     larger = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), nn.Linear(1, 1))
     with pytest.raises(CheckpointException, match="Missing key"):
