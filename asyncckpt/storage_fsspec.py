@@ -52,7 +52,8 @@ class FsspecStorage:
         self._options = dict(storage_options or {})
         self._num_threads = num_threads or 8
         self._open()
-        self.max_file_bytes = {"s3fs": 128 << 30, "gcsfs": 1 << 30}.get(self._client, 64 * MIB)
+        # gs: one upload session is sequential, so several files are in flight; each is joined in memory first.
+        self.max_file_bytes = {"s3fs": 128 << 30, "gcsfs": 128 * MIB}.get(self._client, 64 * MIB)
 
     def __repr__(self) -> str:
         return f"<FsspecStorage {self.url} by {self._client}>"
