@@ -36,18 +36,21 @@ def copy(views: Sequence[Tensor], sources: Sequence[Tensor], side: SideStreams |
     sources. With `side` they run beside later work, which must not change the sources before the events.
     """
     events: list[torch.Event] = []
-    devices = {source.device for source in sources}
     try:
-        for device in devices:
-            mine = (
-                range(len(sources)) if len(devices) == 1 else [i for i, s in enumerate(sources) if s.device == device]
-            )
+        for device, mine in _by_device(sources).items():
             events += _copy_from(device, [views[i] for i in mine], [sources[i] for i in mine], side)
     except BaseException:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # copies queued before the failure still write to the views
         raise
     return events
+
+
+def _by_device(sources: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
+    devices = {source.device for source in sources}
+    if len(devices) == 1:
+        return {devices.pop(): range(len(sources))}
+    return {device: [i for i, source in enumerate(sources) if source.device == device] for device in devices}
 
 
 def _copy_from(
