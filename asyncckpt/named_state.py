@@ -99,8 +99,8 @@ class OptimizerState:
         A parameter without state in the checkpoint had none yet; for state that is there and not yet here (LBFGS's
         history, momentum of SGD with dampening, a parameter frozen by now) tensors are allocated.
         """
-        if "param_groups" not in osd:
-            return  # flattened for pipeline parallelism: keys only of what is here
+        if "param_groups" not in osd or _is_gathered(self._module, self._options):
+            return  # flattened for pipeline parallelism, or FSDP1's: names are not one to each of our parameters
         self._fit_groups(osd["param_groups"], saved, f"{prefix}param_groups.")
         names = chain.from_iterable(group["params"] for group in osd["param_groups"])
         params = dict(zip(names, _params(self.optimizer), strict=True))

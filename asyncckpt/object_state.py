@@ -76,7 +76,8 @@ class ObjectState:
 def _fitting(tensor: torch.Tensor | None, kind: TensorStorageMetadata) -> torch.Tensor:
     if isinstance(tensor, DTensor):
         return tensor  # sharding has no other source than ours; another shape will be an error
-    if tensor is not None and tensor.shape == kind.size and tensor.dtype == kind.properties.dtype:
+    same = tensor is not None and tensor.shape == kind.size and tensor.dtype == kind.properties.dtype
+    if tensor is not None and same and tensor.is_contiguous():  # an expanded one cannot be filled
         return tensor
     return torch.empty(kind.size, dtype=kind.properties.dtype, device="cpu" if tensor is None else tensor.device)
 

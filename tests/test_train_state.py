@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -809,7 +810,9 @@ RICH = {
 
 @everyway
 @pytest.mark.parametrize(
-    "before", [{}, {"tensor": torch.zeros(9), "extra": torch.ones(1)}], ids=["nothing yet", "other"]
+    "before",
+    [{}, {"tensor": torch.zeros(9), "extra": torch.ones(1)}, {"tensor": torch.zeros(1).expand(3)}],
+    ids=["nothing yet", "other", "expanded"],
 )
 def test_a_registered_object_gets_back_exactly_what_it_gave(travel, before, tmp_path):
     """Whatever it held before: the checkpoint says which tensors there are."""
@@ -928,11 +931,13 @@ def test_random_streams_can_be_left_out(tmp_path):
 
 def train_a_rank(link, folder):
     """For each kind of model a run that saves after step 4 and goes on to 7, and a fresh one that resumes there."""
+    warnings.simplefilter("ignore", FutureWarning)  # FSDP1 is deprecated
     return {
         kind: [train_and_save(wrap, 100 + link.rank, folder / kind), resume_and_train(wrap, folder / kind)]
         for kind, wrap in {
             "DDP": nn.parallel.DistributedDataParallel,
             "FSDP2": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (2,))),
+            "FSDP1": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
         }.items()
     }
 
@@ -955,7 +960,7 @@ class RankRun:
 
     def __init__(self, wrap, seed_value):
         seed(seed_value)
-        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(0.3)
@@ -983,10 +988,10 @@ class RankRun:
 
 
 def test_every_rank_of_a_job_goes_on_with_its_own_streams_and_data(tmp_path):
-    """Two ranks, DDP and FSDP2, in the second epoch: what differs by rank is saved for each of them."""
+    """Two ranks, DDP and FSDP, in the second epoch: what differs by rank is saved for each of them."""
     with Job(2, train_a_rank, tmp_path) as job:
         first, second = job.results()
-    for kind in ("DDP", "FSDP2"):
+    for kind in ("DDP", "FSDP2", "FSDP1"):
         for rank, (whole, resumed) in enumerate([first[kind], second[kind]]):
             assert resumed == whole
             assert len(whole[0]) == 7
