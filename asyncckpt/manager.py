@@ -122,6 +122,7 @@ class CheckpointManager:
         self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout))
         self._planning = SavePlanning(self._ranks, save_planner)
         self._writer = BackgroundWriter(max_pending_async)
+        self._max_pending = max_pending_async
         self._last_step: int | None = None
         self._last_time = time.monotonic()
         self._is_requested = False
@@ -338,8 +339,8 @@ class CheckpointManager:
         self._is_writable = True
 
     def prewarm(self, state_dict: State) -> None:
-        """Allocate and page-lock the buffers of a save, so that the first one costs no more than the others."""
-        self._stager.prewarm(for_save(state_dict, self._ranks.rank))
+        """Allocate and page-lock the buffers of all saves in flight, so that the first one costs no more than others."""
+        self._stager.prewarm(for_save(state_dict, self._ranks.rank), num_snapshots=self._max_pending)
 
     def wait_staged(self) -> None:
         """Block until every copy in flight is complete: any tensor may then be edited by hand."""
