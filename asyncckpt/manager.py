@@ -339,7 +339,7 @@ class CheckpointManager:
         self._is_writable = True
 
     def prewarm(self, state_dict: State) -> None:
-        """Allocate and page-lock the buffers of all saves in flight, so that the first one costs no more than others."""
+        """Allocate and page-lock the buffers of all saves in flight, so that the first one costs no more."""
         self._stager.prewarm(for_save(state_dict, self._ranks.rank), num_snapshots=self._max_pending)
 
     def wait_staged(self) -> None:

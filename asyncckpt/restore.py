@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.tensor import DTensor
 
 from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
 from asyncckpt.errors import DamagedStepError, StateMismatchError, StepNotFoundError
@@ -116,17 +118,9 @@ def restore(
     where = f"the checkpoint at {join(storage.url, step.folder)}"
     _compare(targets, step.metadata, where, ignored if strict else (), check_missing=load_planner is None)
     planner = _SafeLoadPlanner(safe_globals) if load_planner is None else copy.copy(load_planner)
-    plan = _plan(planner, state_dict, _restricted(step.metadata, targets, load_planner), ranks)
+    plan = _plan(planner, state_dict, step.metadata, ranks)
     reader: Any = planner if load_planner is None else Reserialising(planner, safe_globals)
     return read_items(storage, step.data_folder, step.where, plan.items, reader), ignored
-
-
-def _restricted(metadata: Metadata, targets: Mapping[str, Leaf], load_planner: LoadPlanner | None) -> Metadata:
-    """Only the wanted keys: DCP's planner takes any other key for a sign of a checkpoint of torch 2.3."""
-    if load_planner is not None:
-        return metadata
-    entries = {fqn: entry for fqn, entry in metadata.state_dict_metadata.items() if fqn in targets}
-    return Metadata(entries, metadata.planner_data, metadata.storage_data)
 
 
 def _compare(
@@ -155,6 +149,8 @@ def _difference(saved: Any, value: Any) -> str:
         return f"{found}, {type(value).__name__} in the state dict"
     if tuple(saved.size) != tuple(value.size()) or saved.properties.dtype != value.dtype:
         return f"{found}, {_describe(value)} in the state dict"
+    if isinstance(value, DTensor | ShardedTensor):
+        return ""
     if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
         return f"{found}; an expanded tensor cannot be filled in place, give a contiguous one"
     return ""
@@ -189,6 +185,11 @@ class _SafeLoadPlanner(DefaultLoadPlanner):
     ) -> None:
         super().set_up_planner(state_dict, metadata, is_coordinator)
         self._targets = leaves(state_dict)  # afterwards, because DCP's set-up puts new lists in place of those there
+
+    def create_local_plan(self) -> LoadPlan:
+        # Not DCP's: it takes a checkpoint with more keys than this rank asks for to be one of torch 2.3.
+        assert self.metadata is not None
+        return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn
