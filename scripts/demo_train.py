@@ -1,0 +1,229 @@
+"""Trains a character GPT on the source of Python's own library, with a checkpoint every 20 steps, kept are the last 3.
+
+    python scripts/demo_train.py runs/first            a folder, or s3://bucket/run, gs://bucket/run, ...
+
+Started again with the same URL it goes on where the newest whole checkpoint stands, to the same result, bit for bit:
+at the end it prints the SHA-256 of its parameters, optimizer state and losses. demo_run.py starts it three times to
+show that; `--events` and `--kill-while-saving` are for that. The model is in demo_model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sysconfig
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_model import GPT
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from asyncckpt import CheckpointManager, Event, Staged, TrainState, Written
+from asyncckpt.events import Sink
+
+NUM_STEPS = 101
+SAVE_INTERVAL = 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model, and of what it reads in one step."""
+
+    length: int
+    batch: int
+    width: int
+    depth: int
+    num_heads: int
+
+
+FULL = Size(length=64, batch=8, width=384, depth=6, num_heads=6)  # 10.7 M parameters
+QUICK = Size(length=32, batch=4, width=64, depth=2, num_heads=2)  # 0.1 M, for tests
+
+
+def train(url: str, size: Size, events: EventFile, kill_while_saving: int | None) -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    text, validation_text = read_text()
+    loader = DataLoader(Windows(text, size.length), batch_size=size.batch, shuffle=True, drop_last=True)
+    validation_batch = next(iter(DataLoader(Windows(validation_text, size.length), batch_size=2 * size.batch)))
+    model = GPT(
+        vocabulary=128,
+        max_length=size.length,
+        width=size.width,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        dropout=0.1,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
+    losses = LossHistory()
+    state = TrainState(model=model, optimizer=optimizer, scheduler=scheduler, dataloader=loader, losses=losses)
+
+    sinks: list[Sink] = [events]
+    if kill_while_saving is not None:
+        sinks.append(KillWhileSaving(kill_while_saving))
+    with CheckpointManager(url, SAVE_INTERVAL, max_to_keep=3, events=sinks) as manager, progress_bar() as bar:
+        manager.restore_latest(state)
+        manager.prewarm(state)
+        task = bar.add_task(url.rpartition("/")[2], total=NUM_STEPS, completed=state.step, loss="")
+        for step, batch in zip(range(state.step, NUM_STEPS), state.batches(), strict=False):
+            started_s = time.time()
+            optimizer.zero_grad()
+            loss = model.loss(*batch)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+            events.write("Step", step=step, loss=loss.item(), started_s=started_s, time_s=time.time())
+
+            metrics = None
+            if manager.should_save(step):
+                metrics = {"validation_loss": validation_loss(model, validation_batch)}
+            manager.save_async(step, state, metrics=metrics)
+            bar.update(task, completed=step + 1, loss=f"loss {loss.item():.3f}")
+    events.write("Finished", sha256=fingerprints(model, optimizer, losses))
+
+
+def read_text() -> tuple[Tensor, Tensor]:
+    """(training text, validation text): ASCII codes of the standard library's modules, every tenth for validation."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    sources = [path.read_text("utf-8").encode("ascii", "replace") for path in paths]
+    validation = b"".join(sources[::10])
+    del sources[::10]
+    return _codes(b"".join(sources)), _codes(validation)
+
+
+def _codes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """`length` characters of a text, and the same one place further on; the windows do not overlap."""
+
+    def __init__(self, text: Tensor, length: int) -> None:
+        self._text = text
+        self._length = length
+
+    def __len__(self) -> int:
+        return (len(self._text) - 1) // self._length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        start = index * self._length
+        window = self._text[start : start + self._length + 1].long()
+        return window[:-1], window[1:]
+
+
+def validation_loss(model: GPT, batch: tuple[Tensor, Tensor]) -> float:
+    model.eval()
+    with torch.no_grad():
+        loss = model.loss(*batch).item()
+    model.train()
+    return loss
+
+
+class LossHistory:
+    """The loss of every step. Whatever has these two methods is saved with the run."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+
+    def append(self, loss: float) -> None:
+        self._losses.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self._losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._losses = state_dict["losses"]
+
+
+class EventFile:
+    """An event sink: one JSON object a line, each in one system call, so that SIGKILL leaves whole lines."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def __call__(self, event: Event) -> None:
+        self.write(type(event).__name__, **vars(event))
+
+    def write(self, kind: str, **values: Any) -> None:
+        os.write(self._descriptor, json.dumps({"event": kind, **values}, default=repr).encode() + b"\n")
+
+
+class KillWhileSaving:
+    """An event sink that plays the power cut: SIGKILL once the data of `step` is in storage and its commit is not.
+
+    `Written` is reported on the writer thread, which commits when the sinks have returned; here they never do.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._is_training_on = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        if event.step == self._step and isinstance(event, Staged):
+            self._is_training_on.set()
+        if event.step == self._step and isinstance(event, Written):
+            self._is_training_on.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+
+
+def fingerprints(model: GPT, optimizer: torch.optim.Optimizer, losses: LossHistory) -> dict[str, str]:
+    """SHA-256 of each part of the training state, in a fixed order of keys."""
+    parts = {
+        "parameters": model.state_dict(),
+        "optimizer state": optimizer.state_dict(),
+        "loss history": losses.state_dict(),
+    }
+    digests = {}
+    for name, state in parts.items():
+        digest = hashlib.sha256()
+        _feed(digest, state)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _feed(digest: hashlib._Hash, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().numpy().data)
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(str(key).encode())
+            _feed(digest, value[key])
+    elif isinstance(value, list):
+        for item in value:
+            _feed(digest, item)
+    else:
+        digest.update(repr(value).encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a character GPT with asynchronous checkpoints.")
+    parser.add_argument("url", help="where the checkpoints are: a folder or any fsspec URL")
+    parser.add_argument("--events", metavar="FILE", default=os.devnull, help="append a JSON line for each event")
+    parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--kill-while-saving", metavar="STEP", type=int, help="die by SIGKILL before STEP is committed")
+    arguments = parser.parse_args()
+    size = QUICK if arguments.quick else FULL
+    train(arguments.url, size, EventFile(arguments.events), arguments.kill_while_saving)
+
+
+if __name__ == "__main__":
+    main()
