@@ -2,9 +2,9 @@
 
     python scripts/demo_train.py runs/first            a folder, or s3://bucket/run, gs://bucket/run, ...
 
-Started again with the same URL it goes on where the newest whole checkpoint stands, to the same result, bit for bit:
-at the end it prints the SHA-256 of its parameters, optimizer state and losses. demo_run.py starts it three times to
-show that; `--events` and `--kill-while-saving` are for that. The model is in demo_model.py.
+Started again with the same URL it goes on from the newest whole checkpoint, to the same result, bit for bit: its last
+event is the SHA-256 of parameters, optimizer state and losses. demo_run.py starts it three times to show that, for
+which `--events` and `--kill-while-saving` are there. The model is in demo_model.py.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def train(url: str, size: Size, events: EventFile, kill_while_saving: int | None
         sinks.append(KillWhileSaving(kill_while_saving))
     with CheckpointManager(url, SAVE_INTERVAL, max_to_keep=3, events=sinks) as manager, progress_bar() as bar:
         manager.restore_latest(state)
-        manager.prewarm(state)
+        manager.prewarm(state)  # else the first save would stall for as long as it takes to allocate its buffers
         task = bar.add_task(url.rpartition("/")[2], total=NUM_STEPS, completed=state.step, loss="")
         for step, batch in zip(range(state.step, NUM_STEPS), state.batches(), strict=False):
             started_s = time.time()
