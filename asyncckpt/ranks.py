@@ -31,6 +31,9 @@ from asyncckpt.errors import CheckpointError
 T = TypeVar("T")
 Store = Any  # torch.distributed.Store: the stubs of torch 2.13 do not export it, nor know its `clone`
 
+# Of one length, whatever is agreed on: gloo aborts the process of a rank that gets more than it expects, and sends
+# nothing at all for a tensor without elements.
+_NUM_AGREED = 5
 # TCPStore closes the connection on a value above 8 MiB ("Invalid payload size", seen on torch 2.13).
 _PART_BYTES = 4 << 20
 
@@ -103,14 +106,26 @@ class Ranks:
     # -- training thread: collectives
 
     def agree(self, values: Sequence[int], *, phase: str) -> list[list[int]]:
-        """Every rank's `values`, by rank: int64, the same number on every rank. One small message."""
+        """Every rank's `values`, by rank: at most 5 of int64, the same number on every rank. One small message.
+
+        Returns when every rank has come. Raises CheckpointError on all of them if one is in another phase.
+        """
         if self.world_size == 1:
             return [list(values)]
+        code = _phase_code(phase)
         with self._phase(phase):
-            mine = torch.tensor(values, dtype=torch.int64, device="cpu")
+            mine = torch.tensor([code, *values, *[0] * (_NUM_AGREED - len(values))], dtype=torch.int64, device="cpu")
             theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
             dist.all_gather(theirs, mine, group=self._group)
-        return [row.tolist() for row in theirs]
+        rows = [row.tolist() for row in theirs]
+        for rank, row in enumerate(rows):
+            if row[0] != code:
+                raise CheckpointError(
+                    f"rank {rank} is in {_phase_name(row[0])!r} while rank {self.rank} is in {phase!r}; neither was "
+                    "done. Every rank must make the same calls of the manager, in the same order.",
+                    rank=rank,
+                )
+        return [row[1 : 1 + len(values)] for row in rows]
 
     def gather_objects(self, value: T, *, phase: str) -> list[T]:
         """Every rank's picklable `value`, by rank, on the coordinator; empty elsewhere."""
@@ -268,6 +283,14 @@ class Ranks:
         if self._group is not None and dist.is_initialized() and self.world_size == dist.get_world_size():
             with suppress(ValueError):  # it went with the world already
                 dist.destroy_process_group(self._group)
+
+
+def _phase_code(phase: str) -> int:
+    return int.from_bytes(phase[:7].encode(), "big")  # fits an int64
+
+
+def _phase_name(code: int) -> str:
+    return code.to_bytes(7, "big").lstrip(b"\0").decode(errors="replace")
 
 
 def _own_group(members: list[int], timeout_s: float) -> dist.ProcessGroup:
