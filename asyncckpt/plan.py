@@ -109,37 +109,45 @@ class SavePlanning:
         planner = copy.copy(self._template)
         if replan:
             self._plan = None
-            planner.set_up_planner(state_dict=state_dict, is_coordinator=self._ranks.is_coordinator)
-            self._plan, self._metadata = self._exchange(planner)
+            self._plan, self._metadata = self._exchange(planner, state_dict)
             self._structure = structure
         assert self._plan is not None
         return PlannedSave(self._plan, self._metadata, planner, None if replan else state_dict)
 
-    def _exchange(self, planner: SavePlanner) -> tuple[SavePlan, Metadata | None]:
+    def _exchange(self, planner: SavePlanner, state_dict: StateDict) -> tuple[SavePlan, Metadata | None]:
         """Local plans to the coordinator, the global plan back. A failure anywhere is raised everywhere."""
-        local: SavePlan | Exception = _attempt(planner.create_local_plan)
-        if self._ranks.world_size == 1:
-            plans, metadata = planner.create_global_plan([_value(local)])
-            return planner.finish_plan(plans[0]), metadata
-        local_plans = self._ranks.gather_objects(local, phase="plan")
-        made: Any = None
-        parts: list[Any] | None = None
-        if self._ranks.is_coordinator:
-            made = _attempt(lambda: planner.create_global_plan([_value(plan) for plan in local_plans]))
-            parts = [made] * self._ranks.world_size if isinstance(made, Exception) else list(made[0])
-        mine = self._ranks.scatter_objects(parts, phase="plan")
-        return planner.finish_plan(_value(mine)), made[1] if self._ranks.is_coordinator else None
+        ranks = self._ranks
 
+        def local_plan() -> SavePlan:
+            planner.set_up_planner(state_dict=state_dict, is_coordinator=ranks.is_coordinator)
+            return planner.create_local_plan()
 
-def _attempt(function: Callable[[], Any]) -> Any:
-    """The result or, so that the other ranks hear of it, the exception as a value."""
-    try:
-        return function()
-    except Exception as exc:
-        return exc
+        local_plans = ranks.gather_objects(self._attempt(local_plan), phase="plan")
+        parts, metadata = None, None
+        if ranks.is_coordinator:
+            made = self._attempt(lambda: planner.create_global_plan([_value(plan) for plan in local_plans]))
+            parts, metadata = ([made] * ranks.world_size, None) if isinstance(made, SaveError) else made
+        part = ranks.scatter_objects(parts, phase="plan")
+        plan = self._attempt(lambda: planner.finish_plan(_value(part)))
+        for rank, (failed,) in enumerate(ranks.agree([isinstance(plan, SaveError)], phase="plan")):
+            if failed and not isinstance(plan, SaveError):
+                raise SaveError(f"rank {rank} could not plan the save, see its error. Nothing was written.", rank=rank)
+        return _value(plan), metadata
+
+    def _attempt(self, function: Callable[[], Any]) -> Any:
+        """The result or, so that the other ranks hear of it, the failure as a value."""
+        try:
+            return function()
+        except SaveError as exc:
+            return exc
+        except Exception as exc:
+            what = f"rank {self._ranks.rank} could not plan the save: {type(exc).__name__}: {exc}. Nothing was written."
+            error = SaveError(what, rank=self._ranks.rank)
+            error.__cause__ = exc
+            return error
 
 
 def _value(result: Any) -> Any:
-    if isinstance(result, Exception):
-        raise SaveError(f"the save could not be planned: {result}. Nothing was written.") from result
+    if isinstance(result, SaveError):
+        raise result
     return result
