@@ -8,6 +8,7 @@ committed step untouched; the manager's writer keeps it for the training loop.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import time
 import uuid
@@ -42,6 +43,9 @@ from asyncckpt.steps import DCP_METADATA, StepFiles, belongs_to, manifest_name, 
 from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
 from stagers import StagedSnapshot
+
+_ANSWER_LOST = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET)
+"""Errors after which the file that was to be written may be there all the same."""
 
 
 @dataclass(slots=True)
@@ -167,6 +171,8 @@ class Saver:
                 verdict.num_bytes, verdict.pruned = self._commit(job, [report for _, report in replies])
         except Exception as exc:
             error, verdict.error = exc, _describe(exc)
+            if verdict.phase == "write" and isinstance(exc, TimeoutError):
+                verdict.rank = min(self.ranks.missing(f"{job.attempt}/written"), default=0)
         if self.ranks.world_size > 1:
             self.ranks.announce(f"{job.attempt}/verdict", json.dumps(asdict(verdict)).encode())
             if self._finished_attempt is not None and not isinstance(error, TimeoutError):
@@ -199,8 +205,13 @@ class Saver:
             files += rank_files
         before = self.index.files_of(job.step)
         manifest, stock = self._manifest(job, chunks, files)
-        commit_step(self.storage, str(job.step), manifest, None if before.manifests else stock)
         names = [f"{job.attempt}/{file.name}" for file in files]
+        try:
+            self._check_stored(job, files)
+            commit_step(self.storage, str(job.step), manifest, None if before.manifests else stock)
+        except Exception as exc:
+            self._abandon(job, names, exc)
+            raise
         self.index.commit(job.step, job.sequence, [*names, DCP_METADATA, manifest_name(job.sequence)])
         self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
         if before.manifests:
@@ -219,6 +230,30 @@ class Saver:
             __version__, job.metadata, job.metrics,
         )  # fmt: skip
         return make_manifest(head, keys_of(job.planned.metadata), chunks, files)
+
+    def _check_stored(self, job: SaveJob, files: Sequence[FileRecord]) -> None:
+        """That what the manifest will name is still there: a long upload leaves time to remove what came first."""
+        sizes = self.storage.list_files(job.folder)
+        lost = [file.name for file in files if sizes.get(f"{job.folder}/{file.name}") != file.size]
+        if lost:
+            raise CommitError(
+                f"{len(lost)} of {len(files)} files of {job.folder} were removed or changed after they were written "
+                f"({lost[0]}); another run may have taken them for leftovers: two runs must not write to one path",
+                step=job.step, url=self.storage.url,
+            )  # fmt: skip
+
+    def _abandon(self, job: SaveJob, names: list[str], error: Exception) -> None:
+        """Free the space of a save whose commit failed; at once, as it may be what the next save lacks.
+
+        But if only the answer was lost, the manifest may be there or still come: it goes first, after the next commit.
+        """
+        leftover = Leftover(job.step, [[manifest_name(job.sequence)], [DCP_METADATA], names])
+        if isinstance(error, CommitError):
+            self._delete(Leftover(job.step, [names]))  # the manifest and `.metadata`, if any, are another run's
+        elif isinstance(error, OSError) and error.errno not in _ANSWER_LOST:
+            self._delete(leftover)
+        else:
+            self.leftovers.append(leftover)
 
     def _prunable(self, newest: int) -> list[int]:
         if self.keep is None:
@@ -252,26 +287,28 @@ class Saver:
         """What fails is tried again after the next commit: a step is whole whether or not an old one is gone."""
         work, self.leftovers = self.leftovers, []
         for leftover in work:
-            started = time.perf_counter()
-            try:
-                files = self.index.files_of(leftover.step)
-                if leftover.mend and files.manifests:  # none: retention dropped the step in the meantime
-                    mend_step(self.storage, leftover.step, files, leftover.stock)
-                current = self.index.sequence_of(leftover.step)  # the step may have been saved since
-                for group in leftover.groups:
-                    over = [name for name in group if current is None or not belongs_to(name, current)]
-                    self.storage.delete([f"{leftover.step}/{name}" for name in over])
-            except DamagedStepError:
-                continue  # nothing mends a damaged step, and its older save may be all there is
-            except OSError as exc:
-                self.leftovers.append(leftover)
-                self._emit(events.Failed, leftover.step, phase="prune", error=exc)
-                continue
-            self._emit(
-                events.Pruned, leftover.step,
-                whole=leftover.whole, num_files=sum(map(len, leftover.groups)),
-                prune_s=time.perf_counter() - started,
-            )  # fmt: skip
+            self._delete(leftover)
+
+    def _delete(self, leftover: Leftover) -> None:
+        started = time.perf_counter()
+        try:
+            files = self.index.files_of(leftover.step)
+            if leftover.mend and files.manifests:  # none: retention dropped the step in the meantime
+                mend_step(self.storage, str(leftover.step), files, leftover.stock)
+            current = self.index.sequence_of(leftover.step)  # the step may have been saved since
+            for group in leftover.groups:
+                over = [name for name in group if current is None or not belongs_to(name, current)]
+                self.storage.delete([f"{leftover.step}/{name}" for name in over])
+        except DamagedStepError:
+            return  # nothing mends a damaged step, and its older save may be all there is
+        except OSError as exc:
+            self.leftovers.append(leftover)
+            self._emit(events.Failed, leftover.step, phase="prune", error=exc)
+            return
+        self._emit(
+            events.Pruned, leftover.step,
+            whole=leftover.whole, num_files=sum(map(len, leftover.groups)), prune_s=time.perf_counter() - started,
+        )  # fmt: skip
 
     def _sweep(self, job: SaveJob) -> None:
         """Once in a run: the job is committed, so every attempt with a lower number is over."""
@@ -319,10 +356,14 @@ def commit_step(storage: Storage, folder: str, manifest: Manifest, stock: bytes 
     """
     if stock is not None:
         storage.replace(join(folder, DCP_METADATA), stock)
-    path = join(folder, manifest_name(manifest.head.sequence))
+    name = manifest_name(manifest.head.sequence)
+    path = join(folder, name)
     try:
         storage.create(path, encode_manifest(manifest))
     except FileExistsError as exc:
+        if stock is not None:  # it has replaced what belongs to the step that is there
+            with contextlib.suppress(OSError, DamagedStepError):
+                mend_step(storage, folder, StepFiles({manifest.head.sequence: name}), None)
         raise CommitError(
             f"another run committed {path} in the meantime. Nothing was overwritten; two runs must not write to one "
             "path: end one of them, or give it a path of its own",
@@ -330,13 +371,13 @@ def commit_step(storage: Storage, folder: str, manifest: Manifest, stock: bytes 
         ) from exc  # fmt: skip
 
 
-def mend_step(storage: Storage, step: int, files: StepFiles, stock: bytes | None) -> None:
+def mend_step(storage: Storage, folder: str, files: StepFiles, stock: bytes | None) -> None:
     """Write the `.metadata` that belongs to a step's newest manifest. DamagedStepError: that does not read."""
     if stock is None:
-        manifest = read_manifest(storage, str(step), files)
+        manifest = read_manifest(storage, folder, files)
         head = manifest.head
         stock = pickle_metadata(manifest.keys, manifest.chunks, head.attempt, head.save_id)
-    storage.replace(f"{step}/{DCP_METADATA}", stock)
+    storage.replace(join(folder, DCP_METADATA), stock)
 
 
 def _describe(error: Exception) -> str:
