@@ -270,7 +270,7 @@ class CheckpointManager:
         status = _FAILED_BEFORE if self._writer.has_failures else _STAGED
         if status == _STAGED:
             try:
-                snapshot = self._snapshot(state)
+                snapshot = self._snapshot(step, state)
             except Exception as exc:
                 status, failure = _FAILED, exc
         try:
@@ -290,8 +290,8 @@ class CheckpointManager:
         _, _, _, sequence, token = rows[0]
         return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, metadata, metrics, started)
 
-    def _snapshot(self, state: State) -> StagedSnapshot:
-        self._check_writable()
+    def _snapshot(self, step: int, state: State) -> StagedSnapshot:
+        self._check_writable(step)
         view = for_save(state, self._ranks.rank)
         check_savable(view, self._safe_globals)
         if isinstance(state, TrainState) and isinstance(self._stager, OverlappingAsyncStager):
@@ -324,7 +324,7 @@ class CheckpointManager:
             self._writer.raise_failures()
             raise SaveError(f"an earlier save failed on rank {failed[0]}, see its error", url=self.url, rank=failed[0])
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, step: int) -> None:
         """At the first save, so that a run that only reads needs no permission to write."""
         if self._is_writable or not self._ranks.is_coordinator:
             return
@@ -334,8 +334,8 @@ class CheckpointManager:
             raise SaveError(
                 f"{self.url} cannot be written to: {exc}. Nothing was written. "
                 "Check that the folder or bucket exists, and the permissions.",
-                url=self.url,
-            ) from exc
+                step=step, url=self.url,
+            ) from exc  # fmt: skip
         self._is_writable = True
 
     def prewarm(self, state_dict: State) -> None:
@@ -582,7 +582,8 @@ def _close_at_exit(manager: CheckpointManager) -> None:
 
     def drain() -> None:
         if (alive := reference()) is not None and os.getpid() == pid:  # a forked child has no writer thread
-            alive._close(meet=False)
+            with contextlib.suppress(CheckpointError):  # it was an event; raised, it would keep others from draining
+                alive._close(meet=False)
 
     register = getattr(threading, "_register_atexit", None)
     if register is not None:

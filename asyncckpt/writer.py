@@ -24,7 +24,7 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._num_pending = 0
-        self._failures: deque[Exception] = deque()
+        self._failures: deque[BaseException] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -92,10 +92,10 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         while (job := self._next_job()) is not None:
-            failure: Exception | None = None
+            failure: BaseException | None = None
             try:
                 job()
-            except Exception as exc:
+            except BaseException as exc:  # a sink may call sys.exit(); without the thread `join` would never return
                 failure = exc
             del job  # it holds the staged copy
             with self._changed:
