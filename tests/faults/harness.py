@@ -1,0 +1,325 @@
+"""Runs that are killed: a process that saves in a loop and ends by SIGKILL at a chosen point, and what must hold then.
+
+`run_until_killed` starts the process, `KillPoint` says where it ends, `assert_survived` opens the path with a fresh
+manager and checks every promise. States are pure functions of the step, so nothing is remembered but step numbers.
+Other tests reuse `state_of`, `open_manager` and `strays`.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import botocore.session
+import pytest
+import torch
+
+from asyncckpt import manager as manager_module
+from asyncckpt.events import Committed, Event
+from asyncckpt.manager import CheckpointManager
+from asyncckpt.storage import TEMP_PREFIX, Storage, open_storage
+from asyncckpt.testing import Call, RecordingStorage
+from tests.states import assert_same, target_like
+
+KEPT = 2
+SCHEDULE = (0, 1, 2, 1, 3, 0, 4)
+"""The steps of a run, in order: 1 is saved again while retention holds it, 0 after it was pruned."""
+S3_PART_BYTES = 5 << 20  # the least that S3 takes, so that a file of 12 MB has three parts
+TIMEOUT_S = 60.0  # of a test's own waits: far beyond any that succeeds
+
+_forks = multiprocessing.get_context("forkserver")
+_PRELOAD = ["torch", "torch.distributed", "numpy", "pytest", "s3fs", __name__]
+
+
+def state_of(step: int, save: int) -> dict[str, Any]:
+    """The state that save number `save` stores as `step`: 12 MB in tensors of several kinds, and objects."""
+    seed = 1000 * step + save
+    words = torch.arange(2_900_000, dtype=torch.int32) * 1_103_515_245 + seed
+    return {
+        "save": save,
+        "model": {
+            "large": words.view(torch.float32).reshape(2900, 1000),
+            "medium": words[:50_000].view(torch.bfloat16).clone(),
+            "small": [words[: n + 1].clone() for n in range(5)],
+            "scalar": torch.tensor(float(seed)),
+        },
+        "optimizer": {"param_groups": [{"lr": seed / 7, "name": f"group {seed}"}], "step": step},
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run saves."""
+
+    url: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KillPoint:
+    """Where a run ends itself. kind "call": at the `number`-th call of its storage (from 0), at `moment`; "syscall":
+    before the `number`-th change to a folder; "delay": `delay_s` after it began its `number`-th save, by us."""
+
+    kind: Literal["call", "syscall", "delay"]
+    number: int
+    moment: Literal["before", "middle", "after"] = "before"
+    fraction: float = 0.5
+    """Of the bytes of a write, or of the files of a delete, that a kill in the middle lets through."""
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run does that nobody kills."""
+
+    calls: tuple[Call, ...]
+    num_syscalls: int
+    save_s: float
+
+    def kill_point(self, seed: int) -> KillPoint:
+        """Drawn from the seed: by turns around any call, within a write, between two system calls, by the clock."""
+        draw = random.Random(seed)
+        kind = ("call", "write", "syscall" if self.num_syscalls else "call", "delay")[seed % 4]
+        if kind == "delay":
+            return KillPoint("delay", draw.randrange(len(SCHEDULE)), delay_s=draw.uniform(0, 2 * self.save_s))
+        if kind == "syscall":
+            return KillPoint("syscall", draw.randrange(self.num_syscalls))
+        if kind == "write":
+            writes = [number for number, call in enumerate(self.calls) if call.verb == "write_file"]
+            return KillPoint("call", draw.choice(writes), "middle", draw.random())
+        number = draw.randrange(len(self.calls))
+        moments = ["before", "middle", "after"] if self.calls[number].verb == "delete" else ["before", "after"]
+        return KillPoint("call", number, draw.choice(moments), draw.random())
+
+
+class KilledStorage(RecordingStorage):
+    """Ends this process at one call."""
+
+    def __init__(self, inner: Storage, point: KillPoint | None) -> None:
+        super().__init__(inner)
+        self._point = point if point and point.kind == "call" else None
+
+    def _around(self, call: Call, run: Callable[[], Any]) -> Any:
+        moment = self._moment()
+        self.calls.append(call)
+        if moment == "before":
+            _die()
+        result = run()
+        if moment == "after":
+            _die()
+        return result
+
+    def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        if self._moment() == "middle":
+            views = self._part(size, views)
+        super().write_file(path, size, views)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        names = list(paths)
+        if self._moment() == "middle":
+            assert self._point is not None
+            self.inner.delete(names[: int(len(names) * self._point.fraction)])
+            _die()
+        super().delete(names)
+
+    def _moment(self) -> str | None:
+        return self._point.moment if self._point and self._point.number == len(self.calls) else None
+
+    def _part(self, size: int, views: Iterator[memoryview]) -> Iterator[memoryview]:
+        assert self._point is not None
+        left = int(size * self._point.fraction)
+        for view in views:
+            yield view[: min(left, len(view))]
+            left -= len(view)
+            if left <= 0:
+                _die()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def open_manager(place: Place, wrap: Callable[[Storage], Storage] = lambda storage: storage, **arguments: Any) -> Any:
+    """A CheckpointManager that sees storage through `wrap`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager_module, "open_storage", lambda *args, **kwargs: wrap(open_storage(*args, **kwargs)))
+        return CheckpointManager(place.url, storage_options=place.options, **arguments)
+
+
+def run_until_killed(place: Place, point: KillPoint) -> list[int]:
+    """Run until it is dead; the numbers of the saves that it reported as committed."""
+    committed: list[int] = []
+    for kind, value in _messages(place, point):
+        if kind == "committed":
+            committed.append(value)
+        assert kind != "done" or point.kind == "delay", "the kill point was never reached"
+    return committed
+
+
+def rehearse(place: Place) -> Rehearsal:
+    """A run to its end, which must be as a run should be."""
+    started, done = time.monotonic(), None
+    for kind, value in _messages(place, None):
+        if kind == "done":
+            done = value
+        if kind == "saving" and value == 0:
+            started = time.monotonic()
+    assert done is not None, "the run died by itself"
+    return Rehearsal(*done, save_s=(time.monotonic() - started) / len(SCHEDULE))
+
+
+def _messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]]:
+    """What a run says until it ends. It is forked from a server that imported everything and used nothing."""
+    _forks.set_forkserver_preload(_PRELOAD)
+    here, there = _forks.Pipe(duplex=False)
+    process = _forks.Process(target=_run, args=(there, place, point), daemon=True)
+    process.start()
+    there.close()
+    try:
+        while here.poll(TIMEOUT_S):
+            try:
+                kind, value = here.recv()
+            except EOFError:
+                break
+            yield kind, value
+            if point and point.kind == "delay" and (kind, value) == ("saving", point.number):
+                time.sleep(point.delay_s)
+                process.kill()
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+
+
+def _run(link: Connection, place: Place, point: KillPoint | None) -> None:
+    """The process: saves as fast as it can, says what it began and what was committed."""
+    syscalls = _count_syscalls(place.url, point)
+    storages: list[KilledStorage] = []
+
+    def wrap(storage: Storage) -> Storage:
+        if hasattr(storage, "part_bytes"):
+            storage.part_bytes = S3_PART_BYTES
+        storages.append(KilledStorage(storage, point))
+        return storages[0]
+
+    def report(event: Event) -> None:
+        if isinstance(event, Committed):
+            link.send(("committed", event.sequence - 1))  # a run on an empty path counts from 1
+
+    manager = open_manager(place, wrap, max_to_keep=KEPT, events=[report])
+    for save, step in enumerate(SCHEDULE):
+        link.send(("saving", save))
+        manager.save_async(step, state_of(step, save))
+    manager.close()
+    link.send(("done", (tuple(storages[0].calls), syscalls())))
+
+
+def _count_syscalls(root: str, point: KillPoint | None) -> Callable[[], int]:
+    """Count this process's changes to names below `root`, and end it before one of them."""
+    count = 0
+    changes = ("open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in changes and isinstance(args[0], str) and args[0].startswith(root):
+            if point and point.kind == "syscall" and point.number == count:
+                _die()
+            count += 1
+
+    sys.addaudithook(hook)
+    return lambda: count
+
+
+# -- what must hold afterwards
+
+
+def assert_survived(place: Place, committed: list[int]) -> None:
+    """All promises, seen by a fresh manager after a run of SCHEDULE was killed; committed: what it reported."""
+    opened: list[Storage] = []
+    with open_manager(place, lambda storage: opened.append(storage) or storage, max_to_keep=KEPT) as manager:
+        found = {step: _restored_save(manager, step) for step in manager.all_steps()}
+        before, after = retained(len(committed)), retained(len(committed) + 1)
+        assert before.items() <= found.items() or after.items() <= found.items(), (before, after, found)
+
+        latest = target_like(state_of(0, 0))
+        step = manager.restore_latest(latest)
+        assert (step is None) == (not found)
+        if step is not None:
+            assert latest["save"] == found[step] == max(found.values()) >= len(committed) - 1
+
+        next_step = next_save = 99
+        _age_temporary_files(place)
+        manager.save(next_step, state_of(next_step, next_save))
+        found[next_step] = next_save
+        manager.refresh()
+        assert manager.all_steps() == sorted(sorted(found, key=found.__getitem__)[-KEPT:])
+        assert strays(place, opened[0], manager.all_steps()) == []
+        assert _restored_save(manager, next_step) == next_save
+        for step in manager.all_steps():
+            manager.verify(step)
+
+
+def retained(num_commits: int) -> dict[int, int]:
+    """{step: save} that retention holds after the first `num_commits` saves of the schedule."""
+    saves: dict[int, int] = {}
+    for save, step in enumerate(SCHEDULE[:num_commits]):
+        saves.pop(step, None)
+        saves[step] = save
+    return dict(list(saves.items())[-KEPT:])
+
+
+def _restored_save(manager: CheckpointManager, step: int) -> int:
+    """The number of the save that a step holds, which it must hold bit for bit."""
+    target = target_like(state_of(0, 0))
+    manager.restore(step, target, strict=True)
+    assert_same(state_of(step, target["save"]), target)
+    return int(target["save"])
+
+
+def strays(place: Place, storage: Storage, steps: Iterable[int]) -> list[str]:
+    """Everything at a place that is not part of one whole save of one of `steps`, hidden things included."""
+    files = storage.list_files()
+    found = []
+    for step in {path.split("/")[0] for path in files}:
+        names = sorted(path for path in files if path.split("/")[0] == step)
+        whole = rf"{step}/\.metadata {step}/(\d+)-[0-9a-f]+/__0_0\.distcp {step}/manifest-\1\.json"
+        if step not in map(str, steps) or not re.fullmatch(whole, " ".join(names)):
+            found += names
+    if place.url.startswith("s3://"):
+        return found + _unfinished_uploads(place)
+    for folder, folders, names in os.walk(place.url):
+        found += [str(Path(folder, name)) for name in names if name.startswith(TEMP_PREFIX)]
+        found += [folder] if not folders and not names else []
+    return found
+
+
+def _age_temporary_files(place: Place) -> None:
+    """As if the killed run had ended long ago: storage spares young ones, which another writer may be about to name."""
+    for path in Path(place.url).rglob(f"{TEMP_PREFIX}*"):
+        os.utime(path, (0, 0))
+
+
+def _unfinished_uploads(place: Place) -> list[str]:
+    parts = urlsplit(place.url)
+    client = _s3_client(place.options["client_kwargs"]["endpoint_url"], place.options["key"], place.options["secret"])
+    answer = client.list_multipart_uploads(Bucket=parts.netloc, Prefix=parts.path.strip("/") + "/")
+    return [f"upload of {upload['Key']}" for upload in answer.get("Uploads", ())]
+
+
+@functools.cache
+def _s3_client(endpoint: str, key: str, secret: str) -> Any:
+    return botocore.session.Session().create_client(
+        "s3", region_name="us-east-1", endpoint_url=endpoint, aws_access_key_id=key, aws_secret_access_key=secret
+    )
