@@ -92,7 +92,7 @@ def draw_timeline(reference: Launch, killed: Launch, restarted: Launch, path: Pa
     _draw_run(broken, [killed, restarted])
     broken.set_title("The same run, killed in mid-save and started again", loc="left", fontweight="bold")
     _mark_kill(broken, killed, restarted)
-    limit = 1.02 * max(whole.get_xlim()[1], broken.get_xlim()[1])
+    limit = 1.03 * max(whole.get_xlim()[1], broken.get_xlim()[1])
     for axes in (whole, broken):
         axes.set_xlim(0, limit)
     _draw_save(close, reference)
@@ -181,8 +181,9 @@ def _draw_save(axes: Axes, launch: Launch) -> None:
     _say(axes, 1000 * (staged["time_s"] - origin_s), "stall", f"training waited {_ms(staged['stall_s'])}")
     _say(axes, 1000 * (committed["time_s"] - origin_s), "commit", f"whole after {_ms(committed['durable_s'])}")
     begin_s = max(event["started_s"] for event in steps if event["time_s"] <= origin_s)
-    later = [event["time_s"] for event in steps if event["time_s"] > committed["time_s"]]
-    axes.set_xlim(1000 * (begin_s - origin_s), 1000 * (min(later, default=committed["time_s"] + 0.5) - origin_s))
+    end_s = min((event["time_s"] for event in steps if event["time_s"] > committed["time_s"]), default=0)
+    end_s = max(end_s, committed["time_s"] + 0.2 * (committed["time_s"] - begin_s))  # room for the text at the commit
+    axes.set_xlim(1000 * (begin_s - origin_s), 1000 * (end_s - origin_s))
     axes.set_title(f"The save of step {committed['step']} from close by", loc="left", fontweight="bold")
     axes.set_xlabel("milliseconds since save_async was called")
 

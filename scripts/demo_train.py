@@ -54,7 +54,7 @@ def train(url: str, size: Size, events: EventFile, kill_while_saving: int | None
     torch.use_deterministic_algorithms(True)
     text, validation_text = read_text()
     loader = DataLoader(Windows(text, size.length), batch_size=size.batch, shuffle=True, drop_last=True)
-    validation_batch = next(iter(DataLoader(Windows(validation_text, size.length), batch_size=2 * size.batch)))
+    validation_batch = next(iter(DataLoader(Windows(validation_text, size.length), batch_size=size.batch)))
     model = GPT(
         vocabulary=128,
         max_length=size.length,
