@@ -11,11 +11,12 @@ General layout, in the order in which a save passes through it (each module impo
     framing, manifest, dcp_metadata   the format: items, the index of a step, the stock index
     steps, index                      what a listing says; which steps there are
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
+    per_rank                          values that each rank keeps for itself
     objects, plan                     what may be saved, and who writes what
     shard, read                       items to bytes, and back
     restore, save, verify             one step; `save` is the writer thread's half of a manager
     prime, named_state                an optimizer's state: made before the first step; under its parameters' names
-    rng, loader, per_rank             random streams, the place in the data, values of one rank
+    rng, loader                       random streams, the place in the data
     object_state                      any other object's state
     train_state, state                all of a run's state as one; a user's state as what is saved
     writer, manager                   the background thread; the order of calls

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
@@ -35,7 +35,7 @@ from asyncckpt.plan import SavePlanning, check_savable
 from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
 from asyncckpt.preemption import SigtermHandler
 from asyncckpt.ranks import Ranks
-from asyncckpt.restore import OpenStep, open_step, restore
+from asyncckpt.restore import OpenStep, Restoring, open_step, prepare, read
 from asyncckpt.save import Leftover, SaveJob, Saver
 from asyncckpt.state import State, for_restore, for_save, take_restored
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
@@ -48,6 +48,8 @@ from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager, St
 
 PREEMPTION, CLOCK = "SIGTERM", "clock"
 _STAGED, _FAILED, _FAILED_BEFORE = 0, 1, 2
+_DONE, _DAMAGED, _IMPOSSIBLE = 0, 1, 2
+T = TypeVar("T")
 
 
 class CheckpointManager:
@@ -228,19 +230,12 @@ class CheckpointManager:
         due = self.should_save(step)
         if not due and not force:
             return False
-        facts = _json_metadata(metadata), _finite_metrics(metrics)
-        if self._index.is_foreign(step):
-            raise SaveError(
-                f"step {step} at {self.url} holds a checkpoint of another writer (stock DCP or torch_xla), which "
-                "nothing here overwrites. Save under another path, or move that checkpoint away.",
-                step=step, url=self.url,
-            )  # fmt: skip
         if self._on_busy == "skip" and not force and not self._is_requested and self._is_any_busy(step):
             self._emit_now(events.Skipped, step, reason="an earlier save is still being written")
             return False
         wait_s = self._writer.acquire()
         try:
-            job = self._stage(step, state, started, *facts)
+            job = self._stage(step, state, started, metrics, metadata)
         except BaseException:
             self._writer.release()
             raise
@@ -254,7 +249,7 @@ class CheckpointManager:
         return True
 
     def _is_any_busy(self, step: int) -> bool:
-        busy = self._ranks.agree([step, self._writer.is_full], phase="save")
+        busy = self._ranks.agree([step, self._writer.is_full], phase="busy")
         return any(row[1] for row in busy)
 
     def _stage(
@@ -262,14 +257,15 @@ class CheckpointManager:
         step: int,
         state: State,
         started: float,
-        metadata: Mapping[str, Any],
-        metrics: Mapping[str, float],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, Any] | None,
     ) -> SaveJob:
         """Copy the state, agree with the other ranks that all have, and plan. A collective call."""
         snapshot, failure = None, None
         status = _FAILED_BEFORE if self._writer.has_failures else _STAGED
         if status == _STAGED:
             try:
+                facts = _json_metadata(metadata), _finite_metrics(metrics)
                 snapshot = self._snapshot(step, state)
             except Exception as exc:
                 status, failure = _FAILED, exc
@@ -288,9 +284,15 @@ class CheckpointManager:
                 snapshot.release()
             raise
         _, _, _, sequence, token = rows[0]
-        return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, metadata, metrics, started)
+        return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started)
 
     def _snapshot(self, step: int, state: State) -> StagedSnapshot:
+        if self._index.is_foreign(step):
+            raise SaveError(
+                f"step {step} at {self.url} holds a checkpoint of another writer (stock DCP or torch_xla), which "
+                "nothing here overwrites. Save under another path, or move that checkpoint away.",
+                step=step, url=self.url,
+            )  # fmt: skip
         self._check_writable(step)
         view = for_save(state, self._ranks.rank)
         check_savable(view, self._safe_globals)
@@ -371,6 +373,7 @@ class CheckpointManager:
     def refresh(self) -> None:
         """List the steps in storage again. A collective call; for jobs that follow another run."""
         self._writer.join()
+        self._ranks.agree([], phase="refresh")
         self._list_steps()
 
     def protect(self, step: int) -> None:
@@ -399,7 +402,6 @@ class CheckpointManager:
         nothing was changed; UnsafeObjectError; DamagedStepError: `state_dict` may be half overwritten.
         """
         self._check_open()
-        self._check_known(step)
         self._restore(step, state_dict, strict, skipped=())
 
     def restore_latest(self, state_dict: TrainState | dict[str, Any]) -> int | None:
@@ -431,51 +433,79 @@ class CheckpointManager:
     def _restore(self, step: int, state: TrainState | dict[str, Any], strict: bool, skipped: tuple[int, ...]) -> None:
         started = time.perf_counter()
         self.wait_staged()
+        # Two agreements, so that nothing is changed on any rank while one has found that it cannot restore.
+        restoring = self._on_all_ranks(step, lambda: self._prepare(step, state, strict))
+        num_bytes = self._on_all_ranks(step, lambda: self._read(step, state, strict, restoring))
+        self._emit_now(
+            events.Restored, step, num_bytes=num_bytes, restore_s=time.perf_counter() - started,
+            ignored_keys=restoring.ignored, skipped_steps=skipped,
+        )  # fmt: skip
+
+    def _on_all_ranks(self, step: int, work: Callable[[], T]) -> T:
+        """What `work` returns, if it succeeds on every rank. A collective call.
+
+        Else every rank raises: the gravest failure, or which rank had it. A failure on this rank that is less grave is
+        no reason to raise it: `restore_latest` walks on after damage, and must do so on all ranks or on none.
+        """
         failure: Exception | None = None
-        num_bytes = 0
-        ignored: tuple[str, ...] = ()
         try:
-            num_bytes, ignored = self._read(step, state, strict)
+            result = work()
         except Exception as exc:
             failure = exc
             self._emit_now(events.Failed, step, phase="restore", error=exc)
-        rows = self._ranks.agree(
-            [_FAILED if failure else _STAGED, step, isinstance(failure, DamagedStepError)], phase="restore"
-        )
-        if failure is not None:
+        outcome = _DONE if failure is None else _DAMAGED if isinstance(failure, DamagedStepError) else _IMPOSSIBLE
+        rows = self._ranks.agree([step, outcome], phase="restore")
+        gravest = max(_IMPOSSIBLE if other != step else theirs for other, theirs in rows)
+        if failure is not None and outcome == gravest:
             raise failure
-        for rank, row in enumerate(rows):
-            if row[1] != step or row[0] == _FAILED:
-                what = f"restores step {row[1]}" if row[1] != step else "could not restore, see its error"
-                kind = DamagedStepError if row[2] else RestoreError
-                raise kind(f"step {step} at {self.url}: rank {rank} {what}", step=step, url=self.url, rank=rank)
-        self._emit_now(
-            events.Restored, step,
-            num_bytes=num_bytes, restore_s=time.perf_counter() - started, ignored_keys=ignored, skipped_steps=skipped,
+        for rank, (other, theirs) in enumerate(rows):
+            if other != step or _DONE != theirs == gravest:
+                what = f"restores step {other}" if other != step else "could not restore, see its error"
+                kind = DamagedStepError if gravest == _DAMAGED else RestoreError
+                message = f"rank {rank} {what}, while rank {self._ranks.rank} restores step {step} at {self.url}"
+                raise kind(message, step=step, url=self.url, rank=rank) from failure
+        return result
+
+    def _prepare(self, step: int, state: TrainState | dict[str, Any], strict: bool) -> Restoring:
+        self._check_known(step)
+        opened = self._open(step)
+        target = for_restore(state, opened.metadata.state_dict_metadata, self._ranks.rank)
+        return prepare(
+            self._storage, opened, target,
+            is_coordinator=self._ranks.is_coordinator, load_planner=self._load_planner,
+            safe_globals=self._safe_globals, strict=strict,
         )  # fmt: skip
 
-    def _read(self, step: int, state: TrainState | dict[str, Any], strict: bool) -> tuple[int, tuple[str, ...]]:
+    def _read(self, step: int, state: TrainState | dict[str, Any], strict: bool, restoring: Restoring) -> int:
         for attempt in range(3):
-            opened = self._open(step)
-            target = for_restore(state, opened.metadata.state_dict_metadata, self._ranks.rank)
             try:
-                found = restore(
-                    self._storage, opened, target, self._ranks,
-                    load_planner=self._load_planner, safe_globals=self._safe_globals, strict=strict,
-                )  # fmt: skip
+                num_bytes = read(self._storage, restoring, self._ranks)
             except DamagedStepError as exc:
-                if attempt < 2 and isinstance(exc.__cause__, FileNotFoundError) and self._was_saved_again(step, opened):
+                if (
+                    attempt < 2
+                    and isinstance(exc.__cause__, FileNotFoundError)
+                    and self._was_saved_again(step, restoring)
+                ):
+                    restoring = self._prepare(step, state, strict)
                     continue
                 exc.step, exc.url = step, self.url
                 raise
-            take_restored(state, target)
-            return found
+            except OSError as exc:
+                raise RestoreError(
+                    f"step {step} at {self.url} cannot be read: {exc}. The state may be half overwritten: restore it "
+                    "again before training on.",
+                    step=step, url=self.url,
+                ) from exc  # fmt: skip
+            take_restored(state, restoring.target)
+            return num_bytes
         raise AssertionError("unreachable")
 
-    def _was_saved_again(self, step: int, opened: OpenStep) -> bool:
+    def _was_saved_again(self, step: int, restoring: Restoring) -> bool:
         """Whether another run committed the step anew and deleted the files we were reading."""
-        newest = self._open(step).manifest
-        return newest is not None and opened.manifest is not None and newest.head != opened.manifest.head
+        if self._load_planner is not None:
+            return False  # it may exchange plans, which one rank cannot do again by itself
+        newest, ours = self._open(step).manifest, restoring.step.manifest
+        return newest is not None and ours is not None and newest.head != ours.head
 
     def _open(self, step: int) -> OpenStep:
         try:

@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.tensor import DTensor
 
 from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
-from asyncckpt.errors import DamagedStepError, StateMismatchError, StepNotFoundError
+from asyncckpt.errors import DamagedStepError, RestoreError, StateMismatchError, StepNotFoundError
 from asyncckpt.framing import encode_object
 from asyncckpt.manifest import Chunk, Manifest, ManifestError, decode_manifest
 from asyncckpt.objects import load_object
+from asyncckpt.per_rank import saved_ranks
 from asyncckpt.plan import Leaf, leaves
 from asyncckpt.ranks import Ranks
 from asyncckpt.read import read_items
@@ -99,28 +100,58 @@ def _open_foreign(storage: Storage, folder: str, files: StepFiles) -> OpenStep:
     return OpenStep(folder, folder, None, metadata)
 
 
-def restore(
+@dataclass(frozen=True, slots=True)
+class Restoring:
+    """A restore that fits its target, which is untouched so far. ignored: keys of the checkpoint not asked for.
+
+    plan: this rank's own. reader: takes what was read.
+    """
+
+    step: OpenStep
+    target: dict[str, Any]
+    ignored: tuple[str, ...]
+    planner: LoadPlanner
+    plan: LoadPlan
+    reader: Any
+
+
+def prepare(
     storage: Storage,
     step: OpenStep,
-    state_dict: dict[str, Any],
-    ranks: Ranks,
+    target: dict[str, Any],
     *,
+    is_coordinator: bool,
     load_planner: LoadPlanner | None,
     safe_globals: Iterable[Any],
     strict: bool,
-) -> tuple[int, tuple[str, ...]]:
-    """Read a step into the tensors and containers of a nested state dict; (bytes read, keys not asked for).
+) -> Restoring:
+    """Compare a step with a nested state dict to read it into, and plan. Reads nothing, changes nothing.
 
-    load_planner: a user's; it alone then decides about missing keys. StateMismatchError: nothing was changed.
+    load_planner: a user's; it alone then decides about missing keys. Raises StateMismatchError.
     """
-    targets = leaves(state_dict)
-    ignored = tuple(sorted(step.metadata.state_dict_metadata.keys() - targets.keys()))
+    targets = leaves(target)
+    ignored = _unasked(step.metadata, targets)
     where = f"the checkpoint at {join(storage.url, step.folder)}"
     _compare(targets, step.metadata, where, ignored if strict else (), check_missing=load_planner is None)
     planner = _SafeLoadPlanner(safe_globals) if load_planner is None else copy.copy(load_planner)
-    plan = _plan(planner, state_dict, step.metadata, ranks)
+    planner.set_up_planner(state_dict=target, metadata=step.metadata, is_coordinator=is_coordinator)
     reader: Any = planner if load_planner is None else Reserialising(planner, safe_globals)
-    return read_items(storage, step.data_folder, step.where, plan.items, reader), ignored
+    return Restoring(step, target, ignored, planner, planner.create_local_plan(), reader)
+
+
+def read(storage: Storage, restoring: Restoring, ranks: Ranks) -> int:
+    """Read into the tensors and containers of the target; bytes read. A collective call where the user's planner has a
+    global plan of its own. DamagedStepError and OSError: the target may be half overwritten."""
+    plan = _exchange(restoring.planner, restoring.plan, ranks)
+    step = restoring.step
+    return read_items(storage, step.data_folder, step.where, plan.items, restoring.reader)
+
+
+def _unasked(metadata: Metadata, targets: Mapping[str, Leaf]) -> tuple[str, ...]:
+    """Keys of the checkpoint that are not in the target; other ranks' values under a key of ours are no loss."""
+    per_rank = saved_ranks(targets).keys()
+    unasked = metadata.state_dict_metadata.keys() - targets.keys()
+    return tuple(sorted(key for key in unasked if not saved_ranks([key]).keys() & per_rank))
 
 
 def _compare(
@@ -160,16 +191,20 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.size())}"
 
 
-def _plan(planner: LoadPlanner, state_dict: dict[str, Any], metadata: Metadata, ranks: Ranks) -> LoadPlan:
-    planner.set_up_planner(state_dict=state_dict, metadata=metadata, is_coordinator=ranks.is_coordinator)
-    plan = planner.create_local_plan()
+def _exchange(planner: LoadPlanner, plan: LoadPlan, ranks: Ranks) -> LoadPlan:
     if type(planner).create_global_plan is DefaultLoadPlanner.create_global_plan:
         return planner.finish_plan(plan)  # torch's global load plan is the local ones: nothing to exchange
-    if ranks.world_size == 1:
-        return planner.finish_plan(planner.create_global_plan([plan])[0])
     plans = ranks.gather_objects(plan, phase="restore")
-    mine = ranks.scatter_objects(planner.create_global_plan(plans) if ranks.is_coordinator else None, phase="restore")
-    return planner.finish_plan(mine)
+    parts: list[Any] | None = None
+    if ranks.is_coordinator:
+        try:
+            parts = planner.create_global_plan(plans)
+        except Exception as exc:  # the others wait for their parts
+            parts = [RestoreError(f"rank 0 could not plan the restore: {exc}", rank=0)] * ranks.world_size
+    part = ranks.scatter_objects(parts, phase="restore")
+    if isinstance(part, RestoreError):
+        raise part
+    return planner.finish_plan(part)
 
 
 class _SafeLoadPlanner(DefaultLoadPlanner):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,35 +20,35 @@ class Crew:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.num_launches = 0
         self._job: Job | None = None
 
     def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
         """What `body` returned, by rank."""
         self.start(body, *args)
-        return self.results()
+        return self.hear()
 
     def start(self, body: Callable[..., Any], *args: Any) -> Job:
-        """Begin `body` on all ranks; the test may `tell`, `hear` and `signal` them until it asks for the `results`."""
+        """Begin `body` on all ranks. The test may `tell` and `signal` the job, and must `hear` every message of the
+        crew, the last of them what `body` returns."""
         if self._job is None:
-            self.num_launches += 1
             self._job = Job(self.world_size, serve)
         for rank in range(self.world_size):
             self._job.tell(rank, (body, args))
         return self._job
 
-    def results(self) -> list[Any]:
+    def hear(self) -> list[Any]:
+        """The next message of every rank."""
         assert self._job is not None
         job, self._job = self._job, None  # until all went well
         try:
-            answers = [job.hear(rank) for rank in range(self.world_size)]
-            failures = [f"rank {rank}:\n{answer}" for rank, (failed, answer) in enumerate(answers) if failed]
+            messages = [job.hear(rank) for rank in range(self.world_size)]
+            failures = [f"rank {rank}:\n{m.text}" for rank, m in enumerate(messages) if isinstance(m, Failure)]
             assert not failures, "\n".join(failures)
         except BaseException:
             job.__exit__(None, None, None)
             raise
         self._job = job
-        return [answer for _, answer in answers]
+        return messages
 
     def __enter__(self) -> Crew:
         return self
@@ -57,11 +58,16 @@ class Crew:
             self._job.__exit__(kind, exc, tb)
 
 
+@dataclass
+class Failure:
+    text: str
+
+
 def serve(link: Link) -> None:
     warnings.simplefilter("error")
     while True:
         body, args = link.receive()
         try:
-            link.send((False, body(link, *args)))
+            link.send(body(link, *args))
         except BaseException:
-            link.send((True, traceback.format_exc()))
+            link.send(Failure(traceback.format_exc()))

@@ -36,15 +36,42 @@ class Net(nn.Module):
         return self.down(self.up(x)).tanh()
 
 
-def build(kind: str, seed: int) -> TrainState:
-    """A fresh state; kind: one of KINDS, or "whole" for a process alone."""
-    torch.manual_seed(seed)
-    model: nn.Module = Net()
-    if kind != "whole":
-        model = _parallelize(model, kind)
-        torch.manual_seed(seed + dist.get_rank())  # from here on every rank has its own random numbers
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    return TrainState(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 2))
+class Run:
+    """What is trained, fresh, and the TrainState over it. kind: one of KINDS, or "whole" for a process alone."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model: nn.Module = Net()
+        if kind != "whole":
+            self.model = _parallelize(self.model, kind)
+            torch.manual_seed(seed + dist.get_rank())  # from here on every rank has its own random numbers
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2)
+        self.state = TrainState(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+
+    def train(self, manager: CheckpointManager | None = None) -> list[float]:
+        """Run the steps that are left; this rank's random numbers, one a step."""
+        drawn = []
+        for step in range(self.state.step, NUM_STEPS):
+            drawn.append(torch.rand(()).item())
+            self.model(tensor_of(torch.float32, 5, 13, seed=step)).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+            if manager is not None:
+                manager.save_async(step, self.state)
+        return drawn
+
+    def digest(self) -> dict[str, str]:
+        """Of every bit of the model, the optimizer and the scheduler, as whole tensors."""
+        found = {}
+        for fqn, leaf in leaves(self.state.state_dict()).items():
+            if fqn.split(".")[0] in ("model", "optimizer", "scheduler"):
+                value = leaf.value.full_tensor() if isinstance(leaf.value, DTensor) else leaf.value
+                if isinstance(value, torch.Tensor):
+                    value = value.dtype, tuple(value.shape), hashlib.sha256(raw_bytes(value)).hexdigest()
+                found[fqn] = str(value)
+        return found
 
 
 def _parallelize(model: nn.Module, kind: str) -> nn.Module:
@@ -60,45 +87,19 @@ def _parallelize(model: nn.Module, kind: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def train(state: TrainState, manager: CheckpointManager | None = None) -> list[float]:
-    """Run the steps that are left; this rank's random numbers, one a step."""
-    drawn = []
-    for step in range(state.step, NUM_STEPS):
-        drawn.append(torch.rand(()).item())
-        state._model(tensor_of(torch.float32, 5, 13, seed=step)).square().mean().backward()
-        state.optimizers[0].step()
-        state.optimizers[0].zero_grad()
-        state._schedulers[""].step()
-        if manager is not None:
-            manager.save_async(step, state)
-    return drawn
-
-
-def digest(state: TrainState) -> dict[str, str]:
-    """Of every bit of the model, the optimizer and the scheduler, as whole tensors."""
-    found = {}
-    for fqn, leaf in leaves(state.state_dict()).items():
-        if fqn.split(".")[0] in ("model", "optimizer", "scheduler"):
-            value = leaf.value.full_tensor() if isinstance(leaf.value, DTensor) else leaf.value
-            if isinstance(value, torch.Tensor):
-                value = value.dtype, tuple(value.shape), hashlib.sha256(raw_bytes(value)).hexdigest()
-            found[fqn] = str(value)
-    return found
-
-
 def run_and_save(link: Link, kind: str, path: str) -> tuple[dict[str, str], list[float]]:
     """An uninterrupted run that saves every second step: its state at the end, and the random numbers on the way."""
-    state = build(kind, seed=0)
+    run = Run(kind, seed=0)
     with CheckpointManager(path, SAVED_STEP) as manager:
-        drawn = train(state, manager)
-    return digest(state), drawn
+        drawn = run.train(manager)
+    return run.digest(), drawn
 
 
 def resume(link: Link, kind: str, path: str) -> tuple[dict[str, str], int, dict[str, str], list[float]]:
     """(the state restored, the next step, the state at the end, the random numbers on the way)."""
-    state = build(kind, seed=50)
+    run = Run(kind, seed=50)
     with CheckpointManager(path, SAVED_STEP) as manager:
-        manager.restore(SAVED_STEP, state)
-    restored, step = digest(state), state.step
-    drawn = train(state)
-    return restored, step, digest(state), drawn
+        manager.restore(SAVED_STEP, run.state, strict=True)
+    restored, step = run.digest(), run.state.step
+    drawn = run.train()
+    return restored, step, run.digest(), drawn
