@@ -27,6 +27,7 @@ from asyncckpt.errors import (
     DamagedStepError,
     RestoreError,
     SaveError,
+    StateMismatchError,
     StepNotFoundError,
 )
 from asyncckpt.events import log_events
@@ -192,7 +193,7 @@ class CheckpointManager:
         state_dict: a TrainState, or a nested dict of tensors, DTensors, plain values and `PerRank`; a top-level
         Stateful stands for its state_dict(). It is the state at this call that is saved (see `stager`).
         force: save at this step in any case. metrics: numbers for keep policies; NaN counts as missing.
-        metadata: JSON values for the manifest.
+        metadata: JSON values for the manifest. Of both, rank 0's are kept.
         Raises what an earlier save failed with, once (SaveError); UnsafeObjectError, StagingError and ValueError for a
         state that cannot be saved: nothing was written.
         """
@@ -268,7 +269,7 @@ class CheckpointManager:
                 facts = _json_metadata(metadata), _finite_metrics(metrics)
                 snapshot = self._snapshot(step, state)
             except Exception as exc:
-                status, failure = _FAILED, exc
+                status, failure = _FAILED, self._located(exc, step)
         try:
             structure = getattr(snapshot, "structure", None)
             replan = not self._planning.is_current(structure)
@@ -324,7 +325,11 @@ class CheckpointManager:
             # An earlier save failed. Ranks hear of that at different moments: one that has not yet waits for it here.
             self._writer.join(besides=1)
             self._writer.raise_failures()
-            raise SaveError(f"an earlier save failed on rank {failed[0]}, see its error", url=self.url, rank=failed[0])
+            raise SaveError(
+                f"step {step} at {self.url} was not saved: rank {failed[0]} has only now heard that an earlier save "
+                "failed, see its error. Nothing was written. Training can go on, the next save is tried as usual.",
+                step=step, url=self.url, rank=failed[0],
+            )  # fmt: skip
 
     def _check_writable(self, step: int) -> None:
         """At the first save, so that a run that only reads needs no permission to write."""
@@ -377,7 +382,7 @@ class CheckpointManager:
         self._list_steps()
 
     def protect(self, step: int) -> None:
-        """Keep a step from retention, for the life of this manager."""
+        """Keep a step from retention, for the life of this manager. Rank 0's word counts."""
         _check_step(step)
         self._index.protect(step)
 
@@ -397,7 +402,7 @@ class CheckpointManager:
         A collective call. Any number of ranks may restore what any other number saved. The layout of DTensors is the
         target's. Checksums are verified.
         state_dict: what `save` takes; a fresh optimizer in it must be primed (`prime_optimizer`), a TrainState does so.
-        strict: keys of the checkpoint that `state_dict` lacks are an error, too, instead of an event.
+        strict: keys of the checkpoint that every rank's `state_dict` lacks are an error, too, instead of an event.
         Raises StepNotFoundError; StateMismatchError that lists all missing keys and all differing shapes and dtypes:
         nothing was changed; UnsafeObjectError; DamagedStepError: `state_dict` may be half overwritten.
         """
@@ -433,79 +438,92 @@ class CheckpointManager:
     def _restore(self, step: int, state: TrainState | dict[str, Any], strict: bool, skipped: tuple[int, ...]) -> None:
         started = time.perf_counter()
         self.wait_staged()
-        # Two agreements, so that nothing is changed on any rank while one has found that it cannot restore.
-        restoring = self._on_all_ranks(step, lambda: self._prepare(step, state, strict))
-        num_bytes = self._on_all_ranks(step, lambda: self._read(step, state, strict, restoring))
-        self._emit_now(
-            events.Restored, step, num_bytes=num_bytes, restore_s=time.perf_counter() - started,
-            ignored_keys=restoring.ignored, skipped_steps=skipped,
+        for _ in range(3):  # once more if another run saves the step anew while we read it
+            # Two agreements, so that nothing is changed on any rank while one has found that it cannot restore.
+            sequences, restoring = self._on_all_ranks(step, self._prepare, state)
+            if len(set(sequences)) > 1:
+                continue
+            ignored = self._unasked_by_all(restoring.unasked)
+            if strict and ignored:
+                raise StateMismatchError(
+                    f"step {step} at {self.url} has {len(ignored)} keys that are in no rank's state dict. Nothing was "
+                    "changed.\n  " + "\n  ".join(f"not in the state dict: {key!r}" for key in ignored),
+                    step=step, url=self.url,
+                )  # fmt: skip
+            num_bytes, _ = self._on_all_ranks(step, self._read, state, restoring)
+            if min(num_bytes) >= 0:
+                self._emit_now(
+                    events.Restored, step, num_bytes=num_bytes[self._ranks.rank],
+                    restore_s=time.perf_counter() - started, ignored_keys=ignored, skipped_steps=skipped,
+                )  # fmt: skip
+                return
+        raise RestoreError(
+            f"step {step} at {self.url} was saved again by another run each time it was read. The state may be half "
+            "overwritten: do not train on. Restore another step, or end one of the two runs.",
+            step=step, url=self.url,
         )  # fmt: skip
 
-    def _on_all_ranks(self, step: int, work: Callable[[], T]) -> T:
-        """What `work` returns, if it succeeds on every rank. A collective call.
+    def _on_all_ranks(self, step: int, work: Callable[..., tuple[int, T]], *args: Any) -> tuple[list[int], T]:
+        """(every rank's number, this rank's other result) of `work(step, *args)`, if it succeeds on every rank. A
+        collective call.
 
         Else every rank raises: the gravest failure, or which rank had it. A failure on this rank that is less grave is
         no reason to raise it: `restore_latest` walks on after damage, and must do so on all ranks or on none.
         """
+        number = 0
         failure: Exception | None = None
         try:
-            result = work()
+            number, result = work(step, *args)
         except Exception as exc:
-            failure = exc
-            self._emit_now(events.Failed, step, phase="restore", error=exc)
+            failure = self._located(exc, step)
+            self._emit_now(events.Failed, step, phase="restore", error=failure)
         outcome = _DONE if failure is None else _DAMAGED if isinstance(failure, DamagedStepError) else _IMPOSSIBLE
-        rows = self._ranks.agree([step, outcome], phase="restore")
-        gravest = max(_IMPOSSIBLE if other != step else theirs for other, theirs in rows)
+        rows = self._ranks.agree([step, outcome, number], phase="restore")
+        gravest = max(_IMPOSSIBLE if other != step else theirs for other, theirs, _ in rows)
         if failure is not None and outcome == gravest:
             raise failure
-        for rank, (other, theirs) in enumerate(rows):
+        for rank, (other, theirs, _) in enumerate(rows):
             if other != step or _DONE != theirs == gravest:
                 what = f"restores step {other}" if other != step else "could not restore, see its error"
                 kind = DamagedStepError if gravest == _DAMAGED else RestoreError
                 message = f"rank {rank} {what}, while rank {self._ranks.rank} restores step {step} at {self.url}"
                 raise kind(message, step=step, url=self.url, rank=rank) from failure
-        return result
+        return [row[2] for row in rows], result
 
-    def _prepare(self, step: int, state: TrainState | dict[str, Any], strict: bool) -> Restoring:
+    def _unasked_by_all(self, unasked: tuple[str, ...]) -> tuple[str, ...]:
+        """Keys of the checkpoint that no rank asks for: the stages of a pipeline, say, ask for different ones."""
+        candidates = self._ranks.broadcast_object(unasked, phase="restore")
+        if not candidates:
+            return ()
+        asked = self._ranks.gather_objects(set(candidates) - set(unasked), phase="restore")
+        return self._ranks.broadcast_object(tuple(sorted(set(candidates).difference(*asked))), phase="restore")
+
+    def _prepare(self, step: int, state: TrainState | dict[str, Any]) -> tuple[int, Restoring]:
+        """(sequence number of the save to be read, how)."""
         self._check_known(step)
         opened = self._open(step)
-        target = for_restore(state, opened.metadata.state_dict_metadata, self._ranks.rank)
-        return prepare(
-            self._storage, opened, target,
-            is_coordinator=self._ranks.is_coordinator, load_planner=self._load_planner,
-            safe_globals=self._safe_globals, strict=strict,
+        restoring = prepare(
+            self._storage, opened, for_restore(state, opened.metadata.state_dict_metadata, self._ranks.rank),
+            is_coordinator=self._ranks.is_coordinator, load_planner=self._load_planner, safe_globals=self._safe_globals,
         )  # fmt: skip
+        return opened.sequence, restoring
 
-    def _read(self, step: int, state: TrainState | dict[str, Any], strict: bool, restoring: Restoring) -> int:
-        for attempt in range(3):
-            try:
-                num_bytes = read(self._storage, restoring, self._ranks)
-            except DamagedStepError as exc:
-                if (
-                    attempt < 2
-                    and isinstance(exc.__cause__, FileNotFoundError)
-                    and self._was_saved_again(step, restoring)
-                ):
-                    restoring = self._prepare(step, state, strict)
-                    continue
-                exc.step, exc.url = step, self.url
-                raise
-            except OSError as exc:
-                raise RestoreError(
-                    f"step {step} at {self.url} cannot be read: {exc}. The state may be half overwritten: restore it "
-                    "again before training on.",
-                    step=step, url=self.url,
-                ) from exc  # fmt: skip
-            take_restored(state, restoring.target)
-            return num_bytes
-        raise AssertionError("unreachable")
-
-    def _was_saved_again(self, step: int, restoring: Restoring) -> bool:
-        """Whether another run committed the step anew and deleted the files we were reading."""
-        if self._load_planner is not None:
-            return False  # it may exchange plans, which one rank cannot do again by itself
-        newest, ours = self._open(step).manifest, restoring.step.manifest
-        return newest is not None and ours is not None and newest.head != ours.head
+    def _read(self, step: int, state: TrainState | dict[str, Any], restoring: Restoring) -> tuple[int, None]:
+        """(bytes read, or -1: another run saved the step anew and deleted the files we were reading)."""
+        try:
+            num_bytes = read(self._storage, restoring, self._ranks)
+        except DamagedStepError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError) and self._open(step).sequence != restoring.step.sequence:
+                return -1, None
+            raise
+        except OSError as exc:
+            raise RestoreError(
+                f"step {step} at {self.url} cannot be read: {exc}. The state may be half overwritten: restore it again "
+                "before training on.",
+                step=step, url=self.url,
+            ) from exc  # fmt: skip
+        take_restored(state, restoring.target)
+        return num_bytes, None
 
     def _open(self, step: int) -> OpenStep:
         try:
@@ -557,6 +575,12 @@ class CheckpointManager:
             self._ranks.close()
             self._uninstall_sigterm()
         self._writer.raise_failures()
+
+    def _located(self, error: Exception, step: int) -> Exception:
+        """`error`, saying where it happened."""
+        if isinstance(error, CheckpointError):
+            error.step, error.url, error.rank = step, self.url, self._ranks.rank
+        return error
 
     def _check_open(self) -> None:
         if self._is_closed:

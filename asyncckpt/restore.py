@@ -51,6 +51,11 @@ class OpenStep:
         found: Mapping[MetadataIndex, Chunk | _StorageInfo] = self.metadata.storage_data
         return found
 
+    @property
+    def sequence(self) -> int:
+        """Of the save that is open; 0 for a foreign one."""
+        return 0 if self.manifest is None else self.manifest.head.sequence
+
 
 def open_step(storage: Storage, folder: str) -> OpenStep:
     """Open the newest committed save of a step folder, or the foreign checkpoint in it.
@@ -102,14 +107,12 @@ def _open_foreign(storage: Storage, folder: str, files: StepFiles) -> OpenStep:
 
 @dataclass(frozen=True, slots=True)
 class Restoring:
-    """A restore that fits its target, which is untouched so far. ignored: keys of the checkpoint not asked for.
-
-    plan: this rank's own. reader: takes what was read.
-    """
+    """A restore that fits its target, which is untouched so far. unasked: keys of the checkpoint not in the target,
+    other than other ranks' own values. plan: this rank's part. reader: takes what was read."""
 
     step: OpenStep
     target: dict[str, Any]
-    ignored: tuple[str, ...]
+    unasked: tuple[str, ...]
     planner: LoadPlanner
     plan: LoadPlan
     reader: Any
@@ -123,20 +126,17 @@ def prepare(
     is_coordinator: bool,
     load_planner: LoadPlanner | None,
     safe_globals: Iterable[Any],
-    strict: bool,
 ) -> Restoring:
     """Compare a step with a nested state dict to read it into, and plan. Reads nothing, changes nothing.
 
     load_planner: a user's; it alone then decides about missing keys. Raises StateMismatchError.
     """
     targets = leaves(target)
-    ignored = _unasked(step.metadata, targets)
-    where = f"the checkpoint at {join(storage.url, step.folder)}"
-    _compare(targets, step.metadata, where, ignored if strict else (), check_missing=load_planner is None)
+    _compare(targets, step.metadata, f"the checkpoint at {join(storage.url, step.folder)}", load_planner is None)
     planner = _SafeLoadPlanner(safe_globals) if load_planner is None else copy.copy(load_planner)
     planner.set_up_planner(state_dict=target, metadata=step.metadata, is_coordinator=is_coordinator)
     reader: Any = planner if load_planner is None else Reserialising(planner, safe_globals)
-    return Restoring(step, target, ignored, planner, planner.create_local_plan(), reader)
+    return Restoring(step, target, _unasked(step.metadata, targets), planner, planner.create_local_plan(), reader)
 
 
 def read(storage: Storage, restoring: Restoring, ranks: Ranks) -> int:
@@ -148,18 +148,14 @@ def read(storage: Storage, restoring: Restoring, ranks: Ranks) -> int:
 
 
 def _unasked(metadata: Metadata, targets: Mapping[str, Leaf]) -> tuple[str, ...]:
-    """Keys of the checkpoint that are not in the target; other ranks' values under a key of ours are no loss."""
     per_rank = saved_ranks(targets).keys()
     unasked = metadata.state_dict_metadata.keys() - targets.keys()
     return tuple(sorted(key for key in unasked if not saved_ranks([key]).keys() & per_rank))
 
 
-def _compare(
-    targets: Mapping[str, Leaf], metadata: Metadata, where: str, unexpected: tuple[str, ...], *, check_missing: bool
-) -> None:
+def _compare(targets: Mapping[str, Leaf], metadata: Metadata, where: str, check_missing: bool) -> None:
     missing = [fqn for fqn in targets if fqn not in metadata.state_dict_metadata] if check_missing else []
     problems = [f"missing in the checkpoint: {fqn!r}" for fqn in missing]
-    problems += [f"not in the state dict: {fqn!r}" for fqn in unexpected]
     for fqn, leaf in targets.items():
         saved = metadata.state_dict_metadata.get(fqn)
         if saved is not None and (difference := _difference(saved, leaf.value)):
