@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from asyncckpt import CheckpointManager, TrainState
 from asyncckpt.plan import leaves
+from stagers import OverlappingAsyncStager
 from tests.processes import Link
 from tests.states import raw_bytes, tensor_of
 
-KINDS = ["ddp", "fsdp", "hsdp", "fsdp+tp"]
+KINDS = ["ddp", "fsdp1", "fsdp", "hsdp", "fsdp+tp"]
 SAVED_STEP, NUM_STEPS = 2, 4
 
 
@@ -67,7 +71,7 @@ class Run:
         found = {}
         for fqn, leaf in leaves(self.state.state_dict()).items():
             if fqn.split(".")[0] in ("model", "optimizer", "scheduler"):
-                value = leaf.value.full_tensor() if isinstance(leaf.value, DTensor) else leaf.value
+                value = _whole(leaf.value)
                 if isinstance(value, torch.Tensor):
                     value = value.dtype, tuple(value.shape), hashlib.sha256(raw_bytes(value)).hexdigest()
                 found[fqn] = str(value)
@@ -80,6 +84,10 @@ def _parallelize(model: nn.Module, kind: str) -> nn.Module:
     grid = init_device_mesh("cpu", (2, num_ranks // 2), mesh_dim_names=("outer", "inner"))
     if kind == "ddp":
         return DistributedDataParallel(model)
+    if kind == "fsdp1":
+        warnings.simplefilter("ignore", FutureWarning)  # it is deprecated, and so is much that its state_dict() calls
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.")
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     if kind == "fsdp+tp":
         model = parallelize_module(model, grid["inner"], {"up.0": ColwiseParallel(), "down": RowwiseParallel()})
     mesh = {"fsdp": line, "hsdp": grid, "fsdp+tp": grid["outer"]}[kind]
@@ -87,10 +95,20 @@ def _parallelize(model: nn.Module, kind: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def _whole(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, ShardedTensor):  # FSDP1's; gathered on rank 0 alone
+        whole = torch.empty(value.size(), dtype=value.dtype) if dist.get_rank() == 0 else None
+        value.gather(dst=0, out=whole)
+        return whole
+    return value
+
+
 def run_and_save(link: Link, kind: str, path: str) -> tuple[dict[str, str], list[float]]:
     """An uninterrupted run that saves every second step: its state at the end, and the random numbers on the way."""
     run = Run(kind, seed=0)
-    with CheckpointManager(path, SAVED_STEP) as manager:
+    with CheckpointManager(path, SAVED_STEP, stager=OverlappingAsyncStager()) as manager:
         drawn = run.train(manager)
     return run.digest(), drawn
 
