@@ -37,7 +37,7 @@ from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolic
 from asyncckpt.preemption import SigtermHandler
 from asyncckpt.ranks import Ranks
 from asyncckpt.restore import OpenStep, Restoring, open_step, prepare, read
-from asyncckpt.save import Leftover, SaveJob, Saver
+from asyncckpt.save import SaveJob, Saver
 from asyncckpt.state import State, for_restore, for_save, take_restored
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
 from asyncckpt.storage import open_storage
@@ -604,13 +604,6 @@ class CheckpointManager:
                 url=self.url,
             ) from summary
         self._index.load(summary, steps)
-        newest = max(summary.sequences.values(), default=0)
-        # Saves to come have higher numbers than all there are: after the first of them every partial step is dead.
-        self._saver.leftovers = [
-            Leftover(step, groups, mend=files.sequence is not None)
-            for step, files in steps.items()
-            if (groups := files.leftovers(max(newest, summary.next_sequence)))
-        ]
 
     def _on_sigterm(self) -> None:
         sync_point = getattr(self, "_sync_point", None)

@@ -37,9 +37,9 @@ from asyncckpt.manifest import (
 from asyncckpt.plan import PlannedSave
 from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
 from asyncckpt.ranks import Ranks
-from asyncckpt.restore import join, read_manifest
+from asyncckpt.restore import join, open_step, read_manifest
 from asyncckpt.shard import write_items
-from asyncckpt.steps import DCP_METADATA, StepFiles, belongs_to, manifest_name, may_be_swept
+from asyncckpt.steps import DCP_METADATA, belongs_to, manifest_name, may_be_swept, read_listing
 from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
 from stagers import StagedSnapshot
@@ -104,10 +104,10 @@ class Saver:
     emit: Callable[[events.Event], None]
     timeout_s: float
     leftovers: list[Leftover] = field(default_factory=list)
-    """Found by the listing at the start, or still undeleted; taken on after each commit."""
+    """Taken on after each commit."""
     _known: dict[int, CommittedStep] = field(default_factory=dict)
     _finished_attempt: str | None = None
-    _is_swept: bool = False
+    _is_tidy: bool = False
 
     def run(self, job: SaveJob) -> None:
         report, error = self._write(job)
@@ -128,7 +128,8 @@ class Saver:
             sequence=job.sequence, num_bytes=verdict.num_bytes, stall_s=job.stall_s, durable_s=durable_s,
         )  # fmt: skip
         self._delete_leftovers()
-        self._sweep(job)
+        if not self._is_tidy and self.ranks.is_coordinator:
+            self._tidy(job)
 
     # -- this rank's files
 
@@ -173,6 +174,8 @@ class Saver:
             error, verdict.error = exc, _describe(exc)
             if verdict.phase == "write" and isinstance(exc, TimeoutError):
                 verdict.rank = min(self.ranks.missing(f"{job.attempt}/written"), default=0)
+        if verdict.error:
+            self._is_tidy = False
         if self.ranks.world_size > 1:
             self.ranks.announce(f"{job.attempt}/verdict", json.dumps(asdict(verdict)).encode())
             if self._finished_attempt is not None and not isinstance(error, TimeoutError):
@@ -189,7 +192,7 @@ class Saver:
             return _Verdict(error=_describe(exc), phase="commit", rank=0)
 
     def _discard(self, job: SaveJob) -> None:
-        """Free the space of a failed save as far as possible; what stays goes after a commit of a later run."""
+        """Free the space of a failed save as far as possible; what stays goes after the next commit."""
         with contextlib.suppress(OSError):
             self.storage.delete(self.storage.list_files(job.folder))
 
@@ -243,17 +246,12 @@ class Saver:
             )  # fmt: skip
 
     def _abandon(self, job: SaveJob, names: list[str], error: Exception) -> None:
-        """Free the space of a save whose commit failed; at once, as it may be what the next save lacks.
-
-        But if only the answer was lost, the manifest may be there or still come: it goes first, after the next commit.
-        """
-        leftover = Leftover(job.step, [[manifest_name(job.sequence)], [DCP_METADATA], names])
-        if isinstance(error, CommitError):
-            self._delete(Leftover(job.step, [names]))  # the manifest and `.metadata`, if any, are another run's
+        """Free the space of a save whose commit failed, which may be what the next one lacks; unless only the answer
+        was lost: then the manifest may be there, and the step whole."""
+        if isinstance(error, CommitError):  # the manifest and `.metadata`, if there are any, are another run's
+            self._delete(Leftover(job.step, [names]))
         elif isinstance(error, OSError) and error.errno not in _ANSWER_LOST:
-            self._delete(leftover)
-        else:
-            self.leftovers.append(leftover)
+            self._delete(Leftover(job.step, [[manifest_name(job.sequence)], [DCP_METADATA], names]))
 
     def _prunable(self, newest: int) -> list[int]:
         if self.keep is None:
@@ -292,10 +290,9 @@ class Saver:
     def _delete(self, leftover: Leftover) -> None:
         started = time.perf_counter()
         try:
-            files = self.index.files_of(leftover.step)
-            if leftover.mend and files.manifests:  # none: retention dropped the step in the meantime
-                mend_step(self.storage, str(leftover.step), files, leftover.stock)
-            current = self.index.sequence_of(leftover.step)  # the step may have been saved since
+            current = self.index.sequence_of(leftover.step)  # the step may have been saved or dropped since
+            if leftover.mend and current is not None:
+                mend_step(self.storage, str(leftover.step), leftover.stock)
             for group in leftover.groups:
                 over = [name for name in group if current is None or not belongs_to(name, current)]
                 self.storage.delete([f"{leftover.step}/{name}" for name in over])
@@ -310,15 +307,21 @@ class Saver:
             whole=leftover.whole, num_files=sum(map(len, leftover.groups)), prune_s=time.perf_counter() - started,
         )  # fmt: skip
 
-    def _sweep(self, job: SaveJob) -> None:
-        """Once in a run: the job is committed, so every attempt with a lower number is over."""
-        if self._is_swept or not self.ranks.is_coordinator:
-            return
-        self._is_swept = True
+    def _tidy(self, job: SaveJob) -> None:
+        """Remove what earlier runs and failed saves left: the job is committed, so every attempt with a lower number is
+        over. By a listing of now: a run that was ending may have committed since this one began."""
+        self._is_tidy = True
         try:
+            steps = read_listing(self.storage.list_files())
+            self.leftovers += [
+                Leftover(step, groups, mend=files.sequence is not None)
+                for step, files in steps.items()
+                if (groups := files.leftovers(job.sequence))
+            ]
             self.storage.sweep(lambda path: may_be_swept(path, job.sequence))
         except OSError as exc:
             self._emit(events.Failed, job.step, phase="prune", error=exc)
+        self._delete_leftovers()
 
     # -- telling
 
@@ -356,14 +359,13 @@ def commit_step(storage: Storage, folder: str, manifest: Manifest, stock: bytes 
     """
     if stock is not None:
         storage.replace(join(folder, DCP_METADATA), stock)
-    name = manifest_name(manifest.head.sequence)
-    path = join(folder, name)
+    path = join(folder, manifest_name(manifest.head.sequence))
     try:
         storage.create(path, encode_manifest(manifest))
     except FileExistsError as exc:
         if stock is not None:  # it has replaced what belongs to the step that is there
             with contextlib.suppress(OSError, DamagedStepError):
-                mend_step(storage, folder, StepFiles({manifest.head.sequence: name}), None)
+                mend_step(storage, folder, None)
         raise CommitError(
             f"another run committed {path} in the meantime. Nothing was overwritten; two runs must not write to one "
             "path: end one of them, or give it a path of its own",
@@ -371,12 +373,13 @@ def commit_step(storage: Storage, folder: str, manifest: Manifest, stock: bytes 
         ) from exc  # fmt: skip
 
 
-def mend_step(storage: Storage, folder: str, files: StepFiles, stock: bytes | None) -> None:
+def mend_step(storage: Storage, folder: str, stock: bytes | None) -> None:
     """Write the `.metadata` that belongs to a step's newest manifest. DamagedStepError: that does not read."""
     if stock is None:
-        manifest = read_manifest(storage, folder, files)
-        head = manifest.head
-        stock = pickle_metadata(manifest.keys, manifest.chunks, head.attempt, head.save_id)
+        manifest = open_step(storage, folder).manifest
+        if manifest is None:  # not ours any more
+            return
+        stock = pickle_metadata(manifest.keys, manifest.chunks, manifest.head.attempt, manifest.head.save_id)
     storage.replace(join(folder, DCP_METADATA), stock)
 
 

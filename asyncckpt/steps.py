@@ -85,7 +85,6 @@ class StepFiles:
         Of a partial step `.metadata` goes before the data: alone it would read as a foreign checkpoint.
         """
         current = self.sequence
-        stock = [name for name in self.other if name == DCP_METADATA and current is None and self.attempts]
         manifests = [name for sequence, name in self.manifests.items() if sequence != current]
         data = [
             name
@@ -93,6 +92,7 @@ class StepFiles:
             if attempt_sequence(attempt) != current and attempt_sequence(attempt) < newest_committed
             for name in names
         ]
+        stock = [name for name in self.other if name == DCP_METADATA and current is None and data]
         return [group for group in (manifests, stock, data) if group]
 
 
