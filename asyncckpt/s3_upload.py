@@ -146,7 +146,7 @@ def abort_uploads(filesystem: Any, root: str, may_go: Callable[[str], bool]) -> 
     and never seen. An upload that ends in the meantime is no error."""
     bucket, prefix, _ = filesystem.split_path(f"{root}/")
     page: dict[str, Any] = {"IsTruncated": True, "NextKeyMarker": "", "NextUploadIdMarker": ""}
-    while page["IsTruncated"]:
+    while page.get("IsTruncated"):
         page = filesystem.call_s3(
             "list_multipart_uploads",
             Bucket=bucket, Prefix=prefix,

@@ -18,6 +18,7 @@ from tests.servers import GcsEmulator, MotoServer, RadosGateway, S3Server, Serve
 
 # Read by gcsfs when it is first imported; see GcsEmulator.env.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+pytest.register_assert_rewrite("asyncckpt.testing")  # before the first test module that imports it
 
 BUCKET = "asyncckpt-tests"
 _servers_used = pytest.StashKey[list[str]]()

@@ -34,10 +34,7 @@ from asyncckpt.client_errors import named_client_errors
 from asyncckpt.storage import Storage, open_storage, redact
 from asyncckpt.storage_fsspec import FsspecStorage
 from asyncckpt.storage_local import LocalStorage
-
-pytest.register_assert_rewrite("asyncckpt.testing")
-
-from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage, StorageTests, cut_views  # noqa: E402
+from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage, StorageTests, cut_views
 
 MIB = 1 << 20
 # Shared by the clients of S3 here: each would parse botocore's model of S3 again, 0.2 s.

@@ -36,7 +36,7 @@ from tests.states import assert_same, target_like
 KEPT = 2
 SCHEDULE = (0, 1, 2, 1, 3, 0, 4)
 """The steps of a run, in order: 1 is saved again while retention holds it, 0 after it was pruned."""
-S3_PART_BYTES = 5 << 20  # the least that S3 takes, so that a file of 12 MB has three parts
+S3_PART_BYTES = 5 << 20  # the least that S3 takes, so that a file of 6 MB has two parts
 TIMEOUT_S = 60.0  # of a test's own waits: far beyond any that succeeds
 
 _forks = multiprocessing.get_context("forkserver")
@@ -44,13 +44,13 @@ _PRELOAD = ["torch", "torch.distributed", "numpy", "pytest", "s3fs", __name__]
 
 
 def state_of(step: int, save: int) -> dict[str, Any]:
-    """The state that save number `save` stores as `step`: 12 MB in tensors of several kinds, and objects."""
+    """The state that save number `save` stores as `step`: 6 MB in tensors of several kinds, and objects."""
     seed = 1000 * step + save
-    words = torch.arange(2_900_000, dtype=torch.int32) * 1_103_515_245 + seed
+    words = torch.arange(1_450_000, dtype=torch.int32) * 1_103_515_245 + seed
     return {
         "save": save,
         "model": {
-            "large": words.view(torch.float32).reshape(2900, 1000),
+            "large": words.view(torch.float32).reshape(1450, 1000),
             "medium": words[:50_000].view(torch.bfloat16).clone(),
             "small": [words[: n + 1].clone() for n in range(5)],
             "scalar": torch.tensor(float(seed)),
