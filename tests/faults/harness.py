@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -59,6 +60,9 @@ def state_of(step: int, save: int) -> dict[str, Any]:
     }
 
 
+Moment = Literal["before", "middle", "after"]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a run saves."""
@@ -74,7 +78,7 @@ class KillPoint:
 
     kind: Literal["call", "syscall", "delay"]
     number: int
-    moment: Literal["before", "middle", "after"] = "before"
+    moment: Moment = "before"
     fraction: float = 0.5
     """Of the bytes of a write, or of the files of a delete, that a kill in the middle lets through."""
     delay_s: float = 0.0
@@ -100,7 +104,9 @@ class Rehearsal:
             writes = [number for number, call in enumerate(self.calls) if call.verb == "write_file"]
             return KillPoint("call", draw.choice(writes), "middle", draw.random())
         number = draw.randrange(len(self.calls))
-        moments = ["before", "middle", "after"] if self.calls[number].verb == "delete" else ["before", "after"]
+        moments: list[Moment] = ["before", "after"]
+        if self.calls[number].verb == "delete":
+            moments.append("middle")
         return KillPoint("call", number, draw.choice(moments), draw.random())
 
 
@@ -177,7 +183,8 @@ def rehearse(place: Place) -> Rehearsal:
         if kind == "saving" and value == 0:
             started = time.monotonic()
     assert done is not None, "the run died by itself"
-    return Rehearsal(*done, save_s=(time.monotonic() - started) / len(SCHEDULE))
+    calls, num_syscalls = done
+    return Rehearsal(calls, num_syscalls, (time.monotonic() - started) / len(SCHEDULE))
 
 
 def _messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]]:
@@ -188,11 +195,13 @@ def _messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]
     process.start()
     there.close()
     try:
-        while here.poll(TIMEOUT_S):
+        while True:
+            assert here.poll(TIMEOUT_S), f"the run said nothing for {TIMEOUT_S:.0f} s"
             try:
                 kind, value = here.recv()
             except EOFError:
-                break
+                return
+            assert kind != "error", f"the run failed:\n{value}"
             yield kind, value
             if point and point.kind == "delay" and (kind, value) == ("saving", point.number):
                 time.sleep(point.delay_s)
@@ -204,7 +213,16 @@ def _messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]
 
 
 def _run(link: Connection, place: Place, point: KillPoint | None) -> None:
-    """The process: saves as fast as it can, says what it began and what was committed."""
+    """The process."""
+    try:
+        _save_all(link, place, point)
+    except BaseException:
+        link.send(("error", traceback.format_exc()))
+
+
+def _save_all(link: Connection, place: Place, point: KillPoint | None) -> None:
+    """Save as fast as it goes, and say what was begun and what was committed: short lines, which pass whole even if
+    both threads talk at once."""
     syscalls = _count_syscalls(place.url, point)
     storages: list[KilledStorage] = []
 
@@ -247,8 +265,7 @@ def _count_syscalls(root: str, point: KillPoint | None) -> Callable[[], int]:
 
 def assert_survived(place: Place, committed: list[int]) -> None:
     """All promises, seen by a fresh manager after a run of SCHEDULE was killed; committed: what it reported."""
-    opened: list[Storage] = []
-    with open_manager(place, lambda storage: opened.append(storage) or storage, max_to_keep=KEPT) as manager:
+    with open_manager(place, max_to_keep=KEPT) as manager:
         found = {step: _restored_save(manager, step) for step in manager.all_steps()}
         before, after = retained(len(committed)), retained(len(committed) + 1)
         assert before.items() <= found.items() or after.items() <= found.items(), (before, after, found)
@@ -265,7 +282,7 @@ def assert_survived(place: Place, committed: list[int]) -> None:
         found[next_step] = next_save
         manager.refresh()
         assert manager.all_steps() == sorted(sorted(found, key=found.__getitem__)[-KEPT:])
-        assert strays(place, opened[0], manager.all_steps()) == []
+        assert strays(place, manager._storage, manager.all_steps()) == []
         assert _restored_save(manager, next_step) == next_save
         for step in manager.all_steps():
             manager.verify(step)
