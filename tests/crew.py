@@ -65,6 +65,8 @@ class Failure:
 
 def serve(link: Link) -> None:
     warnings.simplefilter("error")
+    # as in pyproject.toml, which says why
+    warnings.filterwarnings("ignore", "Sending a large body directly with raw bytes", ResourceWarning)
     while True:
         body, args = link.receive()
         try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -229,3 +233,82 @@ def test_an_fsdp_run_is_restored_under_any_parallelism(
     expected, *_ = four.run(resume, "fsdp", path)[0]
     for restored, *_ in {4: four, 2: two}[num_ranks].run(resume, kind, path):
         assert restored == expected
+
+
+# -- elsewhere
+
+
+def save_elsewhere(link: Link, url: str, options: dict[str, Any]) -> None:
+    with CheckpointManager(url, 1, max_to_keep=1, storage_options=options) as manager:
+        for step in range(3):
+            manager.save_async(step, state_of(step, link.rank, 2))
+        manager.join()
+        assert manager.all_steps() == [2]
+    with CheckpointManager(url, 1, storage_options=options) as manager:
+        assert manager.all_steps() == [2]
+        target = target_of(link.rank, 2, turned=True)
+        assert manager.restore_latest(target) == 2
+    assert parts(target) == parts(state_of(2, link.rank, 2, turned=True))
+
+
+def test_ranks_save_to_s3_and_restore_from_it(two: Crew, s3_url: str, s3_options: dict[str, Any]) -> None:
+    """Several saves with retention, and a restart."""
+    two.run(save_elsewhere, s3_url, s3_options)
+
+
+@pytest.mark.slow
+def test_ranks_save_to_gcs_and_restore_from_it(two: Crew, gs_url: str, gs_options: dict[str, Any]) -> None:
+    """The same on the emulator."""
+    two.run(save_elsewhere, gs_url, gs_options)
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = [sys.executable, "-W", "error", "-m", "tests.user_script"]
+
+
+@pytest.mark.slow
+def test_a_job_whose_store_is_on_rank_0_ends_without_a_word(tmp_path: pathlib.Path) -> None:
+    """Without torchrun the store goes with rank 0, which must not leave while the others still need it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*SCRIPT, str(tmp_path), "1200"], env=os.environ | job | {"RANK": str(rank)}, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert said == [("training\nleft after step 1199\n", "")] * 2
+    assert [process.returncode for process in ranks] == [0, 0]
+    with CheckpointManager(str(tmp_path), 1) as manager:
+        assert manager.all_steps() == [0, 1000]
+
+
+@pytest.mark.slow
+def test_torchrun_told_to_end_saves_the_step_at_which_all_ranks_left(tmp_path: pathlib.Path) -> None:
+    """It passes SIGTERM on to the ranks; the next run goes on from there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", *SCRIPT]
+    as_user = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": ROOT, "text": True}
+    with subprocess.Popen([*command, str(tmp_path), "1000000000"], stdout=subprocess.PIPE, **as_user) as job:
+        assert job.stdout is not None
+        try:
+            assert [job.stdout.readline() for _ in range(2)] == ["training\n"] * 2
+            job.terminate()
+            left = job.stdout.read().splitlines()
+            job.wait(120)
+        finally:
+            job.kill()
+    step = int(left[0].removeprefix("left after step "))
+    assert left == [f"left after step {step}"] * 2
+    with CheckpointManager(str(tmp_path), 1) as manager:
+        assert manager.latest_step() == step
+    again = subprocess.run([*command, str(tmp_path), str(step + 3)], capture_output=True, check=True, **as_user)
+    assert again.stdout == f"left after step {step + 2}\n" * 2

@@ -479,7 +479,8 @@ def test_a_load_planner_that_fails_on_one_rank_is_heard_by_all(four: Crew, run_o
 def die_while_writing(link: Link, path: str, victim: int) -> list[Any]:
     manager = CheckpointManager(path, 1, timeout=60.0)
     manager.save(1, state(1))
-    manager._saver.timeout_s = 2.0  # only now: on a busy machine it could be too short for the constructor
+    # Only now: on a busy machine they could be too short for the constructor.
+    manager._saver.timeout_s, manager._ranks.timeout_s = 2.0, 10.0
     gate = GatedStorage(manager._storage, "write_file")
     if link.rank == victim:
         manager._saver.storage = gate
