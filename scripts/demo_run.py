@@ -85,7 +85,8 @@ def demo(url: str, out: Path, options: list[str]) -> bool:
     if are_equal:
         clear(reference_url)
     console.print(f"Timeline:    {out / 'timeline.png'}")
-    console.print(f"Checkpoints: {killed_url} (the last 3 steps of the killed run)")
+    size = sum(open_storage(killed_url).list_files().values()) / 1e6
+    console.print(f"Checkpoints: {killed_url} ({size:.0f} MB, yours to look at and to delete)")
     console.print(f"Time:        {time.monotonic() - began_s:.0f} s in all")
     verdict = "[bold green]EQUAL[/]: killed in mid-save and started again, training ended bit for bit as uninterrupted."
     if not are_equal:
@@ -114,13 +115,12 @@ def check_storage(url: str) -> int:
     with CheckpointManager(url) as manager:
         whole = manager.all_steps()
     files = open_storage(url).list_files(str(KILLED_STEP))
-    size = sum(files.values()) / 1e6
-    console.print(
-        f"Killed while step {KILLED_STEP} was being saved. In storage now: whole steps {whole}; step {KILLED_STEP} is "
-        f"partial ({size:.1f} MB of data, no manifest) and ignored."
-    )
     if not files or KILLED_STEP in whole or not whole:
         raise DemoError(f"the kill did not hit a save: whole steps {whole}, files of step {KILLED_STEP}: {list(files)}")
+    console.print(
+        f"Killed while step {KILLED_STEP} was being saved. In storage now: whole steps {whole}; step {KILLED_STEP} is "
+        f"partial ({sum(files.values()) / 1e6:.1f} MB of data, no manifest) and ignored."
+    )
     return whole[-1]
 
 
@@ -138,6 +138,10 @@ def check_restart(killed: Launch, restarted: Launch, newest: int) -> None:
         f"Restored step {newest}; steps {again[0]} to {again[-1]} were run a second time, "
         + (f"with other losses at steps {differing}." if differing else "with the same losses.")
     )
+    leftover = restarted.of("Pruned").get(KILLED_STEP)
+    if leftover is None or leftover["whole"]:
+        raise DemoError(f"what the kill left of step {KILLED_STEP} is still in storage")
+    console.print(f"What the kill had left of step {KILLED_STEP} was deleted once a newer save was whole.")
 
 
 def compare(reference: Launch, restarted: Launch) -> bool:
