@@ -17,6 +17,9 @@ import torch
 from stagers.base import StagingError
 
 _PAGE_BYTES = mmap.PAGESIZE
+_HEADROOM = 64
+"""A new slab has room for a state larger by 1/64: a dataloader's or scheduler's state grows by some KB after the first
+step, and would otherwise make the first save allocate anew what `prewarm` had just allocated."""
 
 
 class Slab:
@@ -48,11 +51,11 @@ class BufferPool:
         The smallest idle slab that fits, else a new one, which takes long (seconds for tens of GB: the first touch
         of memory costs several times the copy into it). Raises StagingError if the cap does not allow it.
         """
-        num_bytes = max(1, -(-num_bytes // _PAGE_BYTES)) * _PAGE_BYTES
+        num_bytes = _whole_pages(num_bytes)
         with self._lock:
             slab = self._take_idle(num_bytes)
             if slab is None:
-                self._reserve(num_bytes)
+                num_bytes = self._reserve(num_bytes)
         if slab is None:
             slab = self._allocate_reserved(num_bytes)
         return slab
@@ -101,7 +104,8 @@ class BufferPool:
         self._lent_bytes += slab.num_bytes
         return slab
 
-    def _reserve(self, num_bytes: int) -> None:
+    def _reserve(self, num_bytes: int) -> int:
+        """Take `num_bytes` from the budget, and some more where it allows; what was taken."""
         # The idle slabs are all too small: the state has outgrown them, and keeping them would double the memory.
         self._idle.clear()
         if self.max_bytes is not None and self._lent_bytes + num_bytes > self.max_bytes:
@@ -110,8 +114,12 @@ class BufferPool:
                 f"{format_bytes(self.max_bytes)} are in use by {self._num_lent} others. Nothing was copied. "
                 "Wait for saves in flight, or raise max_bytes."
             )
+        roomy = _whole_pages(num_bytes + num_bytes // _HEADROOM)
+        if self.max_bytes is None or self._lent_bytes + roomy <= self.max_bytes:
+            num_bytes = roomy
         self._num_lent += 1
         self._lent_bytes += num_bytes
+        return num_bytes
 
     def _allocate_reserved(self, num_bytes: int) -> Slab:
         try:
@@ -125,6 +133,10 @@ class BufferPool:
                     f"cannot allocate {format_bytes(num_bytes)}: {error}. Nothing was copied."
                 ) from error
             raise
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return max(1, -(-num_bytes // _PAGE_BYTES)) * _PAGE_BYTES
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -68,7 +68,7 @@ class TestOverlappingAsyncStager(StagerTests):
             first.release()
         optimizer.step()
         with held(stager):
-            assert not stager.snapshot({"p": parameter, "q": torch.ones(9)}).state_dict["p"].any()
+            assert not stager.snapshot({"p": parameter, "q": torch.ones_like(parameter)}).state_dict["p"].any()
 
     def test_tensors_of_unknown_origin_are_copied_at_once_however_large(self, stager):
         """Clones of parameters, gradients, statistics."""

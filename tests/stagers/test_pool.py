@@ -106,3 +106,17 @@ def test_bytes_are_printed_in_the_unit_that_fits():
     assert [format_bytes(n) for n in (0, 1023, 1536, 5 << 20, 3 << 29)] == [
         "0 bytes", "1023 bytes", "1.5 KiB", "5.0 MiB", "1.5 GiB",
     ]  # fmt: skip
+
+
+def test_a_state_that_grows_a_little_still_fits_its_buffer():
+    """The state of a scheduler or dataloader does so after the first step, which must not undo a prewarm."""
+    pool = BufferPool()
+    slab = pool.lend(1 << 20)
+    pool.give_back(slab)
+    assert pool.lend((1 << 20) + 10_000) is slab
+
+
+def test_headroom_never_passes_the_cap():
+    """What is asked for fits, and no more is taken."""
+    pool = BufferPool(1 << 20)
+    assert pool.lend(1 << 20).num_bytes == 1 << 20
