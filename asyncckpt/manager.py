@@ -110,6 +110,7 @@ class CheckpointManager:
         self._load_planner = load_planner
         self._stager = stager or BlockingAsyncStager()
         self._index = RunIndex()
+        self._is_preempted = False
         self._preempted_at: int | None = None
         self._sigterm: SigtermHandler | None = None
         if chkpt_on_preemption:
@@ -161,8 +162,7 @@ class CheckpointManager:
         _check_step(step)
         if self._sync_point.reached(step):
             self._is_requested = True
-            if PREEMPTION in self._sync_point.reasons:
-                self._preempted_at = step
+            self._is_preempted |= PREEMPTION in self._sync_point.reasons
         if (failure := self._sync_point.take_failure()) is not None:
             self._emit_now(events.Skipped, step, reason=failure)
         return self._is_requested or self._wants(step)
@@ -247,6 +247,8 @@ class CheckpointManager:
         )  # fmt: skip
         self._writer.submit(lambda: self._saver.run(job))
         self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
+        if self._is_preempted and self._preempted_at is None:
+            self._preempted_at = step
         return True
 
     def _is_any_busy(self, step: int) -> bool:
@@ -359,10 +361,13 @@ class CheckpointManager:
         self._writer.raise_failures()
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether a preemption notice has come and its save was due at this step or before: time to leave the loop."""
+        """Whether a preemption notice has come and its save was taken, at this step or before: time to leave the loop.
+
+        To be asked after `save` or `save_async`, which must be called at every step to hear of it.
+        """
         if self._sigterm is None:
             raise ValueError("reached_preemption needs a manager made with chkpt_on_preemption=True")
-        self.should_save(step)
+        _check_step(step)
         return self._preempted_at is not None and step >= self._preempted_at
 
     # -- steps
@@ -608,7 +613,7 @@ class CheckpointManager:
     def _on_sigterm(self) -> None:
         sync_point = getattr(self, "_sync_point", None)
         # None: the constructor was still busy. A later signal, on another rank, means the same preemption.
-        if sync_point is not None and self._preempted_at is None:
+        if sync_point is not None and not self._is_preempted:
             sync_point.request(PREEMPTION)
 
     def _uninstall_sigterm(self) -> None:

@@ -522,7 +522,7 @@ def train_until_preempted(link: Link, path: str, ahead: list[int]) -> list[Any]:
         saved = [step for step in range(1, ahead[link.rank]) if manager.save_async(step, state(step))]
         link.send()
         link.receive()
-        step = ahead[link.rank]
+        step = ahead[link.rank] - 1
         while not manager.reached_preemption(step):
             time.sleep(0.001)  # a step of training
             step += 1
