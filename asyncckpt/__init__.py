@@ -19,7 +19,7 @@ General layout, in the order in which a save passes through it (each module impo
     rng, loader                       random streams, the place in the data
     object_state                      any other object's state
     train_state, state                all of a run's state as one; a user's state as what is saved
-    writer, manager                   the background thread; the order of calls
+    arguments, writer, manager        what users pass in; the background thread; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
     testing                           what every storage must do, for our tests and yours
 

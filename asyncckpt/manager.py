@@ -8,8 +8,6 @@ all could. Nothing here moves bytes, and the writer thread never calls back into
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import threading
 import time
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from asyncckpt import events
+from asyncckpt.arguments import check_arguments, check_step, finite_metrics, json_metadata
 from asyncckpt.errors import (
     CheckpointError,
     DamagedStepError,
@@ -101,7 +100,7 @@ class CheckpointManager:
         safe_globals: Iterable[Any] = (),
         timeout: float = 600.0,
     ) -> None:
-        _check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout)
+        check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout)
         self._storage = open_storage(path, storage_options, num_threads=num_of_threads)
         self._sinks = (log_events, *events)
         self._policy = save_policy or SaveEvery(save_interval)
@@ -159,7 +158,7 @@ class CheckpointManager:
 
     def should_save(self, step: int) -> bool:
         """Whether `save` and `save_async` take this step: the policy wants it, or a preemption asked for it."""
-        _check_step(step)
+        check_step(step)
         if self._sync_point.reached(step):
             self._is_requested = True
             self._is_preempted |= PREEMPTION in self._sync_point.reasons
@@ -268,7 +267,7 @@ class CheckpointManager:
         status = _FAILED_BEFORE if self._writer.has_failures else _STAGED
         if status == _STAGED:
             try:
-                facts = _json_metadata(metadata), _finite_metrics(metrics)
+                facts = json_metadata(metadata), finite_metrics(metrics)
                 snapshot = self._snapshot(step, state)
             except Exception as exc:
                 status, failure = _FAILED, self._located(exc, step)
@@ -367,7 +366,7 @@ class CheckpointManager:
         """
         if self._sigterm is None:
             raise ValueError("reached_preemption needs a manager made with chkpt_on_preemption=True")
-        _check_step(step)
+        check_step(step)
         return self._preempted_at is not None and step >= self._preempted_at
 
     # -- steps
@@ -388,7 +387,7 @@ class CheckpointManager:
 
     def protect(self, step: int) -> None:
         """Keep a step from retention, for the life of this manager. Rank 0's word counts."""
-        _check_step(step)
+        check_step(step)
         self._index.protect(step)
 
     def verify(self, step: int) -> VerifyReport:
@@ -541,7 +540,7 @@ class CheckpointManager:
             ) from exc
 
     def _check_known(self, step: int) -> None:
-        _check_step(step)
+        check_step(step)
         if step not in self._index.all_steps() and not self._index.is_foreign(step):
             self._writer.join()  # it may be in flight
             if step not in self._index.all_steps():
@@ -644,46 +643,3 @@ def _close_at_exit(manager: CheckpointManager) -> None:
 
 def _union(first: KeepPolicy | None, second: KeepPolicy | None) -> KeepPolicy | None:
     return KeepAny(first, second) if first and second else first or second
-
-
-def _check_arguments(
-    save_interval: int,
-    max_to_keep: int,
-    max_pending_async: int,
-    num_of_threads: int | None,
-    on_busy: str,
-    timeout: float,
-) -> None:
-    for name, value, least in (
-        ("save_interval", save_interval, 1),
-        ("max_to_keep", max_to_keep, 0),
-        ("max_pending_async", max_pending_async, 1),
-        ("num_of_threads", 1 if num_of_threads is None else num_of_threads, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
-    if on_busy not in ("wait", "skip"):
-        raise ValueError(f'on_busy must be "wait" or "skip", got {on_busy!r}')
-    if not timeout > 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}")
-
-
-def _check_step(step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be a whole number of 0 or more, got {step!r}")
-
-
-def _json_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        copied: dict[str, Any] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
-    except (TypeError, ValueError) as exc:
-        raise ValueError(f"metadata must be JSON values: {exc}. Nothing was written.") from exc
-    return copied
-
-
-def _finite_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    try:
-        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
-    except (TypeError, ValueError) as exc:
-        raise ValueError(f"metrics must be numbers: {exc}. Nothing was written.") from exc
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
