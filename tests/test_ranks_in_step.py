@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
-from asyncckpt import CheckpointError, CheckpointManager, Event, Failed, PerRank, Restored, Skipped
+from asyncckpt import CheckpointError, CheckpointManager, Committed, Event, Failed, PerRank, Restored, Skipped
 from asyncckpt.testing import FaultyStorage, GatedStorage
 from stagers import BlockingAsyncStager
 from tests.crew import Crew
@@ -185,16 +185,17 @@ def fail_to_write(link: Link, path: str) -> list[Any]:
             manager._saver.storage = FaultyStorage(manager._storage, "write_file", nth=1)
         taken = manager.save_async(2, state(2))
         manager._writer.join()  # it has failed, and nobody was told
+        left = (pathlib.Path(path) / "2").exists()
         told = attempt(lambda: manager.save_async(3, state(3)))
         again = attempt(lambda: manager.save(3, state(3)))
         failures = [(event.step, event.phase) for event in seen if isinstance(event, Failed)]
-        return [taken, told, again, manager.all_steps(), failures]
+        return [taken, left, told, again, manager.all_steps(), failures]
 
 
 def test_a_rank_that_cannot_write_is_named_by_all_once(four: Crew, tmp_path: pathlib.Path) -> None:
     """At their next call. The data of the others is deleted, and the next save works."""
-    for taken, told, again, steps, failures in four.run(fail_to_write, str(tmp_path)):
-        assert (taken, again, steps) == (True, True, [1, 3])
+    for taken, left, told, again, steps, failures in four.run(fail_to_write, str(tmp_path)):
+        assert (taken, left, again, steps) == (True, False, True, [1, 3])
         assert (told.kind, told.rank, told.step) == ("WriteError", 2, 2)
         assert "rank 2 failed to write: OSError: [Errno 5] injected fault" in told.text
         assert failures == [(2, "write")]
@@ -388,11 +389,11 @@ def test_damage_that_one_rank_alone_reads_is_damage_to_all(four: Crew, run_of_th
         assert "injected fault" in stopped.text if rank == 2 else stopped.rank == 2
 
 
-def restore_while_saved_again(link: Link, path: str) -> Any:
+def restore_while_saved_again(link: Link, path: str, verb: str) -> Any:
     with CheckpointManager(path, 1) as manager:
         if link.rank != 1:
             return restored(lambda target: manager.restore(1, target))
-        gate = GatedStorage(manager._storage, "read_into")
+        gate = GatedStorage(manager._storage, verb)
         manager._storage = gate
 
         def hold() -> None:
@@ -408,15 +409,24 @@ def restore_while_saved_again(link: Link, path: str) -> Any:
         return found
 
 
-def test_ranks_never_restore_two_different_saves_of_a_step(four: Crew, run_of_three: pathlib.Path) -> None:
-    """Another run saves the step anew when three ranks have read the old save and one has not: all read the new one."""
-    job = four.start(restore_while_saved_again, str(run_of_three))
+@pytest.mark.parametrize(("verb", "old_is_deleted"), [("list_files", False), ("read_into", True)])
+def test_ranks_never_restore_two_different_saves_of_a_step(
+    four: Crew, run_of_three: pathlib.Path, verb: str, old_is_deleted: bool
+) -> None:
+    """Another run saves the step anew when three ranks have opened the old save, and one is late: all read the new."""
+    job = four.start(restore_while_saved_again, str(run_of_three), verb)
     job.hear(1)
-    with CheckpointManager(str(run_of_three), 1) as other_run:
-        own = {f"mine/rank_{rank}": torch.full((9,), 7000.0 + rank) for rank in range(4)}
-        other_run.save(1, {"w": torch.full((1000,), 70.0)} | own)
-    job.tell(1)
-    assert four.hear() == [(70.0, 7000.0 + rank) for rank in range(4)]
+    own = {f"mine/rank_{rank}": torch.full((9,), 7000.0 + rank) for rank in range(4)}
+    with CheckpointManager(str(run_of_three), 1) as other_run, GatedStorage(other_run._storage, "delete") as deletion:
+        other_run._saver.storage = deletion
+        if old_is_deleted:
+            deletion.open()
+        other_run.save_async(1, {"w": torch.full((1000,), 70.0)} | own)
+        deletion.wait_reached()  # it is committed
+        if old_is_deleted:
+            other_run.join()
+        job.tell(1)
+        assert four.hear() == [(70.0, 7000.0 + rank) for rank in range(4)]
 
 
 def restore_stages(link: Link, path: str) -> list[Any]:
@@ -585,16 +595,19 @@ def test_a_policy_by_the_clock_is_asked_on_rank_0_and_saves_on_all(four: Crew, t
 
 def skip_when_busy(link: Link, path: str) -> list[Any]:
     seen: list[Event] = []
-    with (
-        CheckpointManager(path, 1, on_busy="skip", events=[seen.append]) as manager,
-        GatedStorage(manager._storage, "write_file") as gate,
-    ):
+    may_end = threading.Event()
+
+    def linger(event: Event) -> None:
+        if isinstance(event, Committed) and link.rank == 3 and event.step == 2:
+            assert may_end.wait(60)
+
+    with CheckpointManager(path, 1, on_busy="skip", events=[seen.append, linger]) as manager:
         manager.save(1, state(1))
-        if link.rank == 2:
-            manager._saver.storage = gate
         taken = [manager.save_async(2, state(2))]
+        if link.rank != 3:
+            manager._writer.join()
         taken += [manager.save_async(step, state(step)) for step in (3, 4)]
-        gate.open()
+        may_end.set()
         taken.append(manager.save_async(5, state(5), force=True))
         manager.join()
         skipped = [event.step for event in seen if isinstance(event, Skipped)]
@@ -602,7 +615,7 @@ def skip_when_busy(link: Link, path: str) -> list[Any]:
 
 
 def test_a_save_is_skipped_on_all_ranks_while_one_is_busy(four: Crew, tmp_path: pathlib.Path) -> None:
-    """Even where a rank has written its own part long ago."""
+    """Even where a rank has been free for long."""
     for taken, skipped, steps in four.run(skip_when_busy, str(tmp_path)):
         assert taken == [True, False, False, True]
         assert skipped == [3, 4]
