@@ -576,9 +576,10 @@ class ByTheClockOfRank0:
 def train_by_the_clock(link: Link, path: str) -> list[Any]:
     chance = random.Random(link.rank)
     with CheckpointManager(path, save_policy=ByTheClockOfRank0()) as manager:
-        saved = []
-        for step in range(150):
+        step, saved = 0, []
+        while len(saved) < 3:
             time.sleep(chance.choice([0, 0.001, 0.002]))  # a step of training
+            step += 1
             if manager.save_async(step, state(step)):
                 saved.append(step)
         manager.join()
@@ -589,7 +590,6 @@ def test_a_policy_by_the_clock_is_asked_on_rank_0_and_saves_on_all(four: Crew, t
     """Ranks run at different speeds, and rank 0's wish is announced ahead."""
     results = four.run(train_by_the_clock, str(tmp_path))
     saved = results[0][0]
-    assert len(saved) > 1
     assert results == [[saved, saved]] * 4
 
 
