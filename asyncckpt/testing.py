@@ -198,8 +198,10 @@ class GatedStorage(RecordingStorage):
 
 
 def sample_bytes(size: int) -> bytes:
-    """Bytes without a pattern, the same at every run: gcp-storage-emulator loses a carriage return at the end of a file,
-    which random ones would meet once in 256 times."""
+    """Bytes without a pattern, the same at every run.
+
+    gcp-storage-emulator loses a carriage return at the end of a file, which random ones would meet once in 256 times.
+    """
     return random.Random(size).randbytes(size)
 
 
