@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint import staging
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from asyncckpt import CheckpointManager, Committed, Event, Failed, TrainState
+from asyncckpt import CheckpointManager, TrainState
 from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager
 
 
@@ -33,18 +33,15 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(num_tensors // 2)))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
-        self._batch = torch.randn(48, width)
-        self.step()
+        self._batch = torch.randn(16, width)
+        self.forward_backward()
+        self.optimizer.step()
         self.tensors = [*self.model.parameters(), *(s["momentum_buffer"] for s in self.optimizer.state.values())]
         self.num_bytes = sum(tensor.nbytes for tensor in self.tensors)
 
-    def step(self, before_update: Callable[[], Any] | None = None) -> None:
-        """One training step. before_update: called before the parameters change."""
+    def forward_backward(self) -> None:
         self.optimizer.zero_grad(set_to_none=False)  # freed and allocated anew, they would be half of the time
         self.model(self._batch).sum().backward()
-        if before_update is not None:
-            before_update()
-        self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -56,9 +53,8 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Pending:
-    """A save after its call: done by default. before_update: to be called before a parameter changes."""
+    """A save after its call. join: waits until it is durable. before_update: until parameters may change."""
 
-    is_durable: Callable[[], bool] = field(default=lambda: True)
     join: Callable[[], Any] = _nothing
     before_update: Callable[[], Any] = _nothing
 
@@ -73,19 +69,12 @@ Restorer = Callable[[Path, Training], AbstractContextManager[Callable[[], Any]]]
 
 @contextmanager
 def asyncckpt_saver(folder: Path, training: Training, *, stager: Callable[[], AsyncStager]) -> Iterator[Save]:
-    is_over = threading.Event()
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, Committed | Failed):
-            is_over.set()
-
     state = TrainState(model=training.model, optimizer=training.optimizer)
-    with CheckpointManager(str(folder), events=[on_event], stager=stager(), chkpt_on_preemption=False) as manager:
+    with CheckpointManager(str(folder), stager=stager(), chkpt_on_preemption=False) as manager:
 
         def save(number: int) -> Pending:
-            is_over.clear()
             manager.save_async(number, state)
-            return Pending(is_over.is_set, manager.join)
+            return Pending(manager.join, manager.wait_staged)  # step() waits by itself; here it is to be timed
 
         yield save
 
@@ -139,9 +128,8 @@ def dcp_async_save(folder: Path, training: Training, *, make_stager: Callable[[]
     def save(number: int) -> Pending:
         saving = dcp.async_save(training.state_dict(), checkpoint_id=folder / str(number), async_stager=stager)
         if isinstance(saving, AsyncSaveResponse):  # its stager gave a future
-            upload = saving.upload_completion
-            return Pending(upload.done, upload.result, saving.staging_completion.result)
-        return Pending(saving.done, saving.result)
+            return Pending(saving.upload_completion.result, saving.staging_completion.result)
+        return Pending(saving.result)
 
     yield save
     if stager is not None:
@@ -190,7 +178,7 @@ def lightning_async_io(folder: Path, training: Training) -> Iterator[Save]:
     def save(number: int) -> Pending:
         is_over.clear()
         plugin.save_checkpoint(training.state_dict(), folder / str(number))
-        return Pending(is_over.is_set, is_over.wait)
+        return Pending(is_over.wait)
 
     yield save
     plugin.teardown()
@@ -218,7 +206,7 @@ def torch_checkpointing_save(folder: Path, training: Training) -> Iterator[Save]
 
     def save(number: int) -> Pending:
         saving = manager.save(str(folder / str(number)), training.state_dict())
-        return Pending(saving.done, saving.result, staged)
+        return Pending(saving.result, staged)
 
     folder.mkdir()
     yield save
@@ -232,7 +220,7 @@ def torchsnapshot_async_take(folder: Path, training: Training) -> Iterator[Save]
     def save(number: int) -> Pending:
         app = {"model": training.model, "optimizer": training.optimizer}
         snapshot = Snapshot.async_take(str(folder / str(number)), app)
-        return Pending(snapshot.done, snapshot.wait)
+        return Pending(snapshot.wait)
 
     yield save
 

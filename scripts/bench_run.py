@@ -3,8 +3,9 @@
     scripts/bench                               every suite
     scripts/bench stall --gib 0.25 --rounds 9   one of them, on another amount
 
-stall    what one save takes from a training loop. "call": the call. "lost": call, and all by which the training steps
-         until the step is durable take longer than idle ones: waits in them, and cores shared with the writer.
+stall    how long one save keeps a training loop from going on. "call": the call. "stall": call, and the wait before
+         the next update of the parameters, where a copy may still be under way. Not in it: what a writer at work takes
+         from later steps in cores and memory bandwidth.
 save     from the call to durable, nothing else running.
 restore  into live tensors, the files in the page cache.
 
@@ -99,52 +100,39 @@ class Bench:
         return list(results.values())
 
 
-# -- suites: one function each, that returns the results; the last of `measures` is the one compared
+# -- suites: one function each, that returns the results
 
 
 def stall(bench: Bench) -> list[Result]:
-    idle = "no save: one training step"
-
     @contextmanager
     def rounds_of(name: str, saver: Saver) -> Iterator[Round]:
         folder = _folder(bench, name)
         with saver(folder, bench.training) as save:
             yield partial(_stalled_round, bench.training, save, folder)
 
-    results = bench.run(
+    return bench.run(
         {
-            idle: (LIMIT, nullcontext(lambda _: {"total": _timed(bench.training.step)})),
             "limit: copy to warm memory": (LIMIT, nullcontext(partial(_copy_round, bench))),
             **{name: (kind, rounds_of(name, saver)) for name, (kind, saver) in SAVERS.items() if "threads" not in name},
         }
     )
-    step_s = results[0].median("total")
-    for result in results:
-        totals, steps = result.seconds.pop("total", []), result.seconds.pop("steps", [])
-        if result.name != idle and totals:
-            result.seconds["lost"] = [total - step_s * n for total, n in zip(totals, steps, strict=True)]
-    results[0].seconds = {"call": [], "lost": []}
-    print(f"One training step without a save: {step_s:.2f} s.", file=sys.stderr)
-    return results[1:]
 
 
 def _stalled_round(training: Training, save: Save, folder: Path, number: int) -> Mapping[str, float]:
     started = time.perf_counter()
     pending = save(number)
-    called = time.perf_counter()
-    steps = 0
-    while not pending.is_durable():
-        training.step(None if steps else pending.before_update)
-        steps += 1
-    ended = time.perf_counter()
+    call_s = time.perf_counter() - started
+    training.forward_backward()
+    wait_s = _timed(pending.before_update)
+    training.optimizer.step()
     _finish(pending, folder, number)
-    return {"call": called - started, "total": ended - started, "steps": steps}
+    return {"call": call_s, "stall": call_s + wait_s}
 
 
 def _copy_round(bench: Bench, _: int) -> Mapping[str, float]:
     targets = _scratch_tensors(bench)
     seconds = _timed(lambda: [t.copy_(s) for t, s in zip(targets, bench.training.tensors, strict=True)])
-    return {"call": seconds, "total": seconds, "steps": 0}
+    return {"call": seconds, "stall": seconds}
 
 
 def save(bench: Bench) -> list[Result]:
@@ -223,7 +211,7 @@ def _raw_reads(bench: Bench) -> Iterator[Round]:
 
 
 SUITES: dict[str, tuple[Callable[[Bench], list[Result]], str]] = {
-    "stall": (stall, "lost"),
+    "stall": (stall, "stall"),
     "save": (save, "time"),
     "restore": (restore, "time"),
 }
@@ -286,7 +274,7 @@ def table(results: Sequence[Result], compared: str, num_bytes: int) -> str:
     measures = list(ran[0].seconds)
     limit = min(result.median(compared) for result in ran if result.kind == LIMIT)
     best_peer = min((result.median(compared) for result in ran if result.kind == PEER), default=float("nan"))
-    rate = [] if "lost" in measures else ["GB/s"]
+    rate = [] if "stall" in measures else ["GB/s"]
     rows = [["", *(f"{measure}, s" for measure in measures), *rate, "÷ limit", "÷ best peer"]]
     for result in ran:
         seconds = result.median(compared)
@@ -321,8 +309,8 @@ def main() -> None:
         prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all if none is given")
-    parser.add_argument("--rounds", type=int, default=5, help="after the warm-up")
-    parser.add_argument("--gib", type=float, default=1.0, help="of tensors")
+    parser.add_argument("--rounds", type=int, default=5, help="after the warm-up; 5 by default")
+    parser.add_argument("--gib", type=float, default=0.5, help="of tensors; 0.5 by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's seconds there")
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="on the disk to be measured; .bench by default"
