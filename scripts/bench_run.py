@@ -310,7 +310,7 @@ def main() -> None:
     )
     parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all if none is given")
     parser.add_argument("--rounds", type=int, default=5, help="after the warm-up; 5 by default")
-    parser.add_argument("--gib", type=float, default=0.5, help="of tensors; 0.5 by default")
+    parser.add_argument("--gib", type=float, default=0.25, help="of tensors; 0.25 by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's seconds there")
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="on the disk to be measured; .bench by default"
