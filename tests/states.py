@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from asyncckpt import CheckpointManager
+
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
@@ -84,3 +86,15 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The elements in row-major order, as bytes."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def state(step: int) -> dict[str, Any]:
+    """A small state of one step, for tests of which step it is."""
+    return {"w": torch.full((1000,), float(step)), "n": step}
+
+
+def restored(manager: CheckpointManager, step: int) -> dict[str, Any]:
+    """What the manager restores of a step that holds `state(step)`."""
+    target = {"w": torch.zeros(1000), "n": -1}
+    manager.restore(step, target)
+    return target

@@ -34,18 +34,7 @@ from asyncckpt import (
 )
 from asyncckpt.testing import GatedStorage, RecordingStorage
 from stagers import BlockingAsyncStager, OverlappingAsyncStager
-from tests.states import assert_same, every_kind, target_like
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"w": torch.full((1000,), float(step)), "n": step}
-
-
-def restored(manager: CheckpointManager, step: int) -> dict[str, Any]:
-    target = {"w": torch.zeros(1000), "n": -1}
-    manager.restore(step, target)
-    return target
-
+from tests.states import assert_same, every_kind, restored, state, target_like
 
 # -- which steps are taken
 

@@ -14,17 +14,7 @@ import torch
 
 from asyncckpt import CheckpointError, CheckpointManager, SaveError, UnsafeObjectError
 from asyncckpt.testing import FaultyStorage, GatedStorage
-from tests.states import assert_same
-
-
-def state(step: int) -> dict[str, Any]:
-    return {"w": torch.full((1000,), float(step)), "n": step}
-
-
-def restored(manager: CheckpointManager, step: int) -> dict[str, Any]:
-    target = {"w": torch.zeros(1000), "n": -1}
-    manager.restore(step, target)
-    return target
+from tests.states import assert_same, restored, state
 
 
 def test_cpu_tensors_are_copied_not_aliased(tmp_path: pathlib.Path) -> None:
