@@ -53,8 +53,15 @@ class Storage(Protocol):
 
     def read_file(self, path: str) -> bytes: ...
 
-    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill each writable view with the file's bytes from its offset. EOFError if the file is too short."""
+    def read_into(
+        self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
+    ) -> None:
+        """Fill each writable view with the file's bytes from its offset. EOFError if the file is too short.
+
+        filled: called once for each index of `ranges` when that view is full, soon, so that its bytes are still in the
+        CPU's cache, and from any thread, several at once. What it raises ends the read and passes to the caller
+        unchanged. However the call ends, no view is written to and `filled` is not called after it.
+        """
         ...
 
     def list_files(self, prefix: str = "") -> Mapping[str, int]:

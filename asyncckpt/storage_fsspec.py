@@ -98,7 +98,9 @@ class FsspecStorage:
             data: bytes = self._filesystem.cat_file(full, **whole)
             return data
 
-    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+    def read_into(
+        self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
+    ) -> None:
         full, what = self._full(path), self._what("read", path)
         for batch in _batches(_requests(ranges)):
             starts, ends = [request[0] for request in batch], [request[1] for request in batch]
@@ -115,6 +117,9 @@ class FsspecStorage:
                     raise EOFError(f"{what}: the file ends at byte {start + len(chunk)}, byte {end - 1} was asked for")
                 for offset, view in views:
                     view[:] = memoryview(chunk)[offset - start : offset - start + len(view)]
+        if filled is not None:
+            for index in range(len(ranges)):
+                filled(index)
 
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         folder = self._full(prefix.rstrip("/")) if prefix else self._root

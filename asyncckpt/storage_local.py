@@ -85,7 +85,9 @@ class LocalStorage:
         with named_errors(self._what("read", path)), open(self._absolute(path), "rb") as file:
             return file.read()
 
-    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+    def read_into(
+        self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
+    ) -> None:
         with named_errors(self._what("read", path)):
             descriptor = os.open(self._absolute(path), os.O_RDONLY)
             try:
@@ -94,6 +96,9 @@ class LocalStorage:
                 raise EOFError(f"{self._what('read', path)}: {exc}") from None
             finally:
                 os.close(descriptor)
+        if filled is not None:
+            for index in range(len(ranges)):
+                filled(index)
 
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         files: dict[str, int] = {}

@@ -72,8 +72,10 @@ class RecordingStorage:
         data: bytes = self._around(Call("read_file", (path,)), lambda: self.inner.read_file(path))
         return data
 
-    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
-        self._around(Call("read_into", (path,)), lambda: self.inner.read_into(path, ranges))
+    def read_into(
+        self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
+    ) -> None:
+        self._around(Call("read_into", (path,)), lambda: self.inner.read_into(path, ranges, filled))
 
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         files: Mapping[str, int] = self._around(Call("list_files", (prefix,)), lambda: self.inner.list_files(prefix))
@@ -340,6 +342,41 @@ class StorageTests:
         buffers = [bytearray(end - start) for start, end in bounds]
         storage.read_into("file", [(start, memoryview(b)) for (start, _), b in zip(bounds, buffers, strict=True)])
         assert all(buffer == data[start:end] for (start, end), buffer in zip(bounds, buffers, strict=True))
+
+    def test_read_into_says_once_of_each_view_that_it_is_full(self, storage: Storage) -> None:
+        """Of neighbours, overlaps, an empty one, one larger than a request and one of many pieces."""
+        size = 17 << 20
+        data = sample_bytes(size)
+        storage.write_file("file", size, iter([memoryview(data)]))
+        bounds = [(1, size), (0, 5), (5, 9), (7, 7), (4, 8), *((at, at + 100) for at in range(500_000, 700_000, 100))]
+        ranges = [(start, memoryview(bytearray(end - start))) for start, end in bounds]
+        full: list[int] = []
+
+        def filled(index: int) -> None:
+            start, end = bounds[index]
+            assert ranges[index][1] == data[start:end]
+            full.append(index)
+
+        storage.read_into("file", ranges, filled)
+        assert sorted(full) == list(range(len(bounds)))
+
+    def test_read_into_ends_with_what_filled_raises(self, storage: Storage) -> None:
+        """The same object, after which no view changes: some parts of the file were never asked for."""
+        size = 17 << 20
+        data = sample_bytes(size)
+        storage.write_file("file", size, iter([memoryview(data)]))
+        ranges = [(start, memoryview(bytearray(1 << 20))) for start in range(0, size, 1 << 20)]
+        error = RuntimeError("of the caller")
+
+        def filled(index: int) -> None:
+            raise error
+
+        with pytest.raises(RuntimeError, match="of the caller") as raised:
+            storage.read_into("file", ranges, filled)
+        assert raised.value is error
+        seen = [bytes(view) for _, view in ranges]
+        assert storage.read_file("file") == data  # meanwhile a read that goes on would write
+        assert [view == before for (_, view), before in zip(ranges, seen, strict=True)] == [True] * len(seen)
 
     def test_read_into_behind_the_end_is_an_eof_error(self, storage: Storage) -> None:
         """Partly or wholly."""

@@ -288,10 +288,10 @@ def test_a_reader_caught_by_a_re_save_starts_over(tmp_path: pathlib.Path) -> Non
         storage = RecordingStorage(reader._storage)
         plain_read = storage.read_into
 
-        def read_into(path: str, ranges: Any) -> None:
+        def read_into(path: str, ranges: Any, filled: Any = None) -> None:
             if storage.count("read_into") == 0:
                 writer.save(1, state(2))
-            plain_read(path, ranges)
+            plain_read(path, ranges, filled)
 
         storage.read_into = read_into  # type: ignore[method-assign]
         reader._storage = storage

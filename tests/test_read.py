@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,9 +30,11 @@ class Counting(RecordingStorage):
         super().__init__(open_storage(str(path)))
         self.ranges: list[tuple[int, memoryview]] = []
 
-    def read_into(self, path: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+    def read_into(
+        self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
+    ) -> None:
         self.ranges += ranges
-        super().read_into(path, ranges)
+        super().read_into(path, ranges, filled)
 
 
 @pytest.fixture
