@@ -32,9 +32,15 @@ class StagedSnapshot(Protocol):
     structure: int
     """Changes from one snapshot of a stager to the next exactly if keys, nesting, shapes, dtypes, strides, devices,
     placements or ties changed; values that are no tensors, and lists of such values, do not count."""
+    memory: memoryview | None
+    """What all tensors of `state_dict` lie in, each at the same place in every snapshot of one `structure`; None where
+    there is no such buffer. To be read as the tensors are: after `wait()`, until `release()`."""
 
     def wait(self) -> None:
         """Block until the copy is complete. Raises StagingError if it failed or the source changed under it."""
+
+    def wait_for(self, start: int, stop: int) -> None:
+        """`wait()` for the bytes [start, stop) of `memory` alone, where the copy can be had in parts."""
 
     def release(self) -> None:
         """Give the buffers back for reuse; idempotent. No tensor of `state_dict` may be read afterwards."""
@@ -62,6 +68,11 @@ class AsyncStager(Protocol):
 
     def snapshot(self, state_dict: StateDict) -> StagedSnapshot:
         """An owned copy of this moment of `state_dict`; see the class for what may still be in flight on return."""
+        ...
+
+    def borrow(self, state_dict: StateDict) -> StagedSnapshot:
+        """A snapshot for a caller that changes no source before `wait()` has returned: waiting may be what copies, on
+        the thread that waits, so that writing can start before all is copied."""
         ...
 
     def prewarm(self, state_dict: StateDict, *, num_snapshots: int = 1) -> None:

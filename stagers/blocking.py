@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from stagers import copying
 from stagers.base import StagingError, StateDict
+from stagers.copying import Borrowed
 from stagers.flatten import Flat, copy_objects, flatten, unflatten
-from stagers.layout import Layout
+from stagers.layout import Layout, Range
 from stagers.pool import BufferPool, Slab
+
+_BORROW_FROM_BYTES = 1 << 20
+"""Smaller tensors are copied at once, in one call for all: asking for each would cost more than the copy."""
+
+Copying: TypeAlias = Future[Any] | Borrowed
+CopyBy: TypeAlias = Callable[[Flat, Layout, list[Tensor]], Copying | None]
 
 
 class Snapshot:
@@ -29,9 +36,10 @@ class Snapshot:
     """
 
     def __init__(
-        self, state_dict: StateDict, layout: Layout, copy: Future[Any] | None, pool: BufferPool, slab: Slab
+        self, state_dict: StateDict, layout: Layout, copy: Copying | None, pool: BufferPool, slab: Slab
     ) -> None:
         self.state_dict = state_dict
+        self.memory: memoryview | None = memoryview(slab.memory)
         self.num_bytes = layout.num_bytes
         self.structure = layout.structure
         self.stall_s = 0.0
@@ -44,9 +52,17 @@ class Snapshot:
         if self._copy is not None:
             self._copy.result()
 
+    def wait_for(self, start: int, stop: int) -> None:
+        if isinstance(self._copy, Borrowed):
+            self._copy.complete(start, stop)
+        else:
+            self.wait()
+
     def release(self) -> None:
         if self._forget.detach():  # something for the first caller only, whatever its thread
-            if self._copy is not None:
+            if isinstance(self._copy, Borrowed):
+                self._copy.end()
+            elif self._copy is not None:
                 self._copy.exception()  # waits: the copy still writes to the slab
             self._pool.give_back(self._slab)
 
@@ -70,12 +86,19 @@ class BlockingAsyncStager:
 
     def snapshot(self, state_dict: StateDict) -> Snapshot:
         """An owned copy; complete on return. Raises StagingError where a value or `max_bytes` does not allow it."""
+        return self._snapshot(state_dict, self._copy)
+
+    def borrow(self, state_dict: StateDict) -> Snapshot:
+        """A snapshot whose large CPU tensors are copied by whoever waits for them; the rest is complete on return."""
+        return self._snapshot(state_dict, _copy_when_asked)
+
+    def _snapshot(self, state_dict: StateDict, copy_by: CopyBy) -> Snapshot:
         started = time.perf_counter()
         flat, layout = self._plan(state_dict)
         slab = self._pool.lend(layout.buffer_bytes)
         try:
             views, leaves = self._kept_tensors(slab, layout)
-            staged, copy = self._fill(flat, layout, views, leaves)
+            staged, copy = _fill(flat, layout, views, leaves, copy_by)
         except BaseException:
             self._pool.give_back(slab)
             raise
@@ -133,26 +156,15 @@ class BlockingAsyncStager:
             self._kept[slab] = kept = (layout, views, leaves)
         return kept[1:]
 
-    def _stage(self, state_dict: StateDict) -> tuple[StateDict, Future[Any] | None]:
+    def _stage(self, state_dict: StateDict) -> tuple[StateDict, Any]:
         flat, layout = self._plan(state_dict)
         slab = self._pool.lend(layout.buffer_bytes)
         lease = memoryview(slab.memory)  # every storage over it keeps it alive
         weakref.finalize(lease, self._pool.give_back, slab)
         views, leaves = _tensors(layout, lease)
-        return self._fill(flat, layout, views, leaves)
+        return _fill(flat, layout, views, leaves, self._copy)
 
-    def _fill(
-        self, flat: Flat, layout: Layout, views: list[Tensor], leaves: list[Tensor]
-    ) -> tuple[StateDict, Future[Any] | None]:
-        objects = copy_objects(flat)  # first, as it can fail: from here on something may be in flight
-        staged: StateDict = unflatten(flat.spec, iter(leaves), iter(objects))
-        try:
-            with torch.no_grad():
-                return staged, self._copy(flat, layout, views)
-        except RuntimeError as error:
-            raise StagingError(f"the copy failed: {error}. The source was not changed.") from error
-
-    def _copy(self, flat: Flat, layout: Layout, views: Sequence[Tensor]) -> Future[Any] | None:
+    def _copy(self, flat: Flat, layout: Layout, views: list[Tensor]) -> Future[Any] | None:
         """Copy each range's source to its view; a future if some of it is still to come."""
         for event in copying.copy(views, [flat.tensors[i] for i in layout.first_of]):
             event.synchronize()
@@ -164,3 +176,34 @@ def _tensors(layout: Layout, buffer: Any) -> tuple[list[Tensor], list[Tensor]]:
     with torch.inference_mode(False), torch.no_grad():
         views = layout.views(buffer)
         return views, layout.leaves(views)
+
+
+def _fill(
+    flat: Flat, layout: Layout, views: list[Tensor], leaves: list[Tensor], copy_by: CopyBy
+) -> tuple[StateDict, Any]:
+    objects = copy_objects(flat)  # first, as it can fail: from here on something may be in flight
+    staged: StateDict = unflatten(flat.spec, iter(leaves), iter(objects))
+    try:
+        with torch.no_grad():
+            return staged, copy_by(flat, layout, views)
+    except RuntimeError as error:
+        raise StagingError(f"the copy failed: {error}. The source was not changed.") from error
+
+
+def _copy_when_asked(flat: Flat, layout: Layout, views: Sequence[Tensor]) -> Borrowed:
+    sources = [flat.tensors[i] for i in layout.first_of]
+    late = [i for i, place in enumerate(layout.ranges) if _may_be_borrowed(sources[i], place)]
+    now = sorted(set(range(len(views))).difference(late))
+    for event in copying.copy([views[i] for i in now], [sources[i] for i in now]):
+        event.synchronize()
+    return Borrowed([layout.ranges[i].offset for i in late], [views[i] for i in late], [sources[i] for i in late])
+
+
+def _may_be_borrowed(source: Tensor, place: Range) -> bool:
+    """Large, and its memory is the bytes to be copied."""
+    return (
+        place.num_bytes >= _BORROW_FROM_BYTES
+        and place.is_dense
+        and source.device.type == "cpu"
+        and not (source.is_conj() or source.is_neg())
+    )

@@ -1,14 +1,20 @@
-"""Bytes from source tensors into views of a slab; the only file that knows streams and events.
+"""Bytes from source tensors into views of a slab: now, or when asked for; the only file that knows streams and events.
 
 Copies from devices with streams are enqueued and end with an event; all others are complete on return.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from stagers.base import StagingError
 
 STREAM_DEVICES = ("cuda", "xpu")
 
@@ -66,3 +72,46 @@ def _copy_from(
     with stream:
         torch._foreach_copy_(views, sources, non_blocking=True)
     return [stream.record_event()]
+
+
+class Borrowed:
+    """Copies from CPU tensors that are made by whoever waits for them.
+
+    places: where each of `views` begins in the slab, ascending. The sources are dense, are kept alive, and must stay
+    unchanged until `result` has returned.
+    """
+
+    def __init__(self, places: Sequence[int], views: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        self._places = places
+        self._views = views
+        self._sources = [source.detach() for source in sources]
+        self._lock = threading.Lock()  # a copy never runs on after `end`
+        self._is_over = False
+        self._is_torn = False
+
+    def complete(self, start: int, stop: int) -> None:
+        """Copy what lies in the bytes [start, stop) of the slab. StagingError: `result` was interrupted, so that the
+        sources may have changed."""
+        first = max(0, bisect_right(self._places, start) - 1)
+        for i in range(first, bisect_left(self._places, stop)):
+            place, source = self._places[i], self._sources[i]
+            begin, end = max(start - place, 0), min(stop - place, source.nbytes)
+            with self._lock:
+                if begin < end and not self._is_over:
+                    # Releases the GIL and stays on this thread; `copy_` would start another team of intra-op threads.
+                    ctypes.memmove(self._views[i].data_ptr() + begin, source.data_ptr() + begin, end - begin)
+        if self._is_torn:
+            raise StagingError("waiting for the copy was interrupted: it must not be used. The source is unchanged.")
+
+    def result(self) -> None:
+        """All of it."""
+        try:
+            self.complete(0, sys.maxsize)
+        except BaseException:
+            self._is_torn = True
+            raise
+
+    def end(self) -> None:
+        """Nothing is copied from here on: the slab may be lent again."""
+        with self._lock:
+            self._is_over = True
