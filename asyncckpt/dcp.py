@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from asyncckpt.errors import SaveError
-from asyncckpt.manifest import Chunk, FileRecord, Head, keys_of
+from asyncckpt.manifest import Chunk, ChunkTable, FileRecord, Head, keys_of
 from asyncckpt.read import read_items
 from asyncckpt.restore import OpenStep, Reserialising, open_step
 from asyncckpt.save import commit_step, make_manifest
@@ -135,7 +135,7 @@ class ShardWriter(_OneStep, StorageWriter):
             torch.__version__, __version__,
         )  # fmt: skip
         files = list({item.file.name: item.file for item in written}.values())
-        manifest, stock = make_manifest(head, keys_of(metadata), [item.chunk for item in written], files)
+        manifest, stock = make_manifest(head, keys_of(metadata), ChunkTable.of(item.chunk for item in written), files)
         commit_step(self._storage, "", manifest, None if self._before.manifests else stock)
         if self._before.manifests:
             self._storage.replace(DCP_METADATA, stock)

@@ -5,14 +5,19 @@ One JSON object, ASCII, no newline. Its last member is `"crc32"`, eight hex digi
 
     head      format "asyncckpt", version 1, step, sequence, attempt (the data folder, "<sequence>-<hex>"), save_id,
               time (ISO 8601, UTC), world_size, torch, asyncckpt (versions), metadata (the user's), metrics
-    keys      the tree, as columns of equal length: fqn; path (list of str and int, how the state dict nests);
-              dtype and shape (of the whole tensor; null, null: an object)
+    keys      the tree. Columns of equal length: fqn (each once); path (index into paths); kind (index into kinds;
+              -1: an object)
+    paths     how the state dict nests. A row has, for each part of a path, its length in the fqn, where a dot follows;
+              a negative length: the part is an int (of a list). Or [path], where the parts do not make up the fqn
+    kinds     rows [dtype, shape] of a whole tensor
+    chunks    columns of equal length: key (index into keys); box (index into boxes; -1: an object); layout (index into
+              layouts; -1: an object); file (index into files); offset and length of the item in the file
+    boxes     rows: the offsets of a chunk in its tensor
     layouts   rows [dtype, shape, stride, head_bytes]: how a chunk's payload lies in memory, and the framing before it
-    chunks    columns: key (index into keys); offsets (of the chunk's box in the tensor; null: an object);
-              layout (index; -1: an object); file (index into files); offset and length of the item in the file;
-              crc32 of the payload (an object's item is its payload); item_crc32 of the whole item; blocks: the CRC32
-              of each 4 MiB of a larger payload, else []
-    files     columns: name (below `<step>/<attempt>/`), size, crc32 of the whole file
+    payload_crc32  eight hex digits for each chunk: of its payload (an object's item is its payload)
+    item_crc32     likewise, of the whole item
+    block_crc32    likewise, for each 4 MiB of each payload that is longer, in order
+    files     columns: name (below `<step>/<attempt>/`, each once), size, crc32 of the whole file
     dcp_metadata   size and crc32 of the stock `.metadata` that was written with this step
 
 A payload starts at offset + head_bytes and is as long as its dtype and shape say. The presence of the file is the
@@ -23,11 +28,17 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cached_property
+from itertools import chain, starmap
+from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from asyncckpt.errors import CheckpointError
@@ -36,6 +47,14 @@ from asyncckpt.framing import BLOCK_BYTES, Layout, crc32
 FORMAT, VERSION = "asyncckpt", 1
 _CRC_MEMBER = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
+_NAMES_PER_CALL = 8192
+"""What one call into C turns into text: about 1 ms, for which it holds the GIL beside a training loop."""
+_HUGE = 2**62
+
+Path = tuple[str | int, ...]
+Numbers = npt.NDArray[np.int64]
+Checksums = npt.NDArray[np.uint32]
+Columns = Mapping[str, Sequence[Any] | Numbers]
 
 
 class ManifestError(CheckpointError):
@@ -64,9 +83,60 @@ class Head:
 class Key:
     """dtype, shape: of the whole tensor; None for an object."""
 
-    path: tuple[str | int, ...]
+    path: Path
     dtype: str | None
     shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Keys(Mapping[str, Key]):
+    """{fqn: Key} as columns; makes a Key when asked. Kept from save to save, so its text is kept on it.
+
+    kinds: (dtype, shape). kind: index into kinds for each fqn, -1 for an object.
+    """
+
+    fqns: tuple[str, ...]
+    paths: Sequence[Path]
+    kinds: tuple[tuple[str, tuple[int, ...]], ...]
+    kind: Numbers
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Key]) -> Keys:
+        if isinstance(keys, Keys):
+            return keys
+        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+        kind = [
+            -1 if key.dtype is None or key.shape is None else kinds.setdefault((key.dtype, key.shape), len(kinds))
+            for key in keys.values()
+        ]
+        return cls(tuple(keys), [key.path for key in keys.values()], tuple(kinds), np.array(kind, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fqns)
+
+    def __contains__(self, fqn: object) -> bool:
+        return fqn in self.number
+
+    def __getitem__(self, fqn: str) -> Key:
+        number = self.number[fqn]
+        kind = int(self.kind[number])
+        return Key(self.paths[number], *((None, None) if kind < 0 else self.kinds[kind]))
+
+    @cached_property
+    def number(self) -> dict[str, int]:
+        """The place of each fqn."""
+        return dict(zip(self.fqns, range(len(self.fqns)), strict=True))
+
+    @cached_property
+    def text(self) -> bytes:
+        """The members "keys", "paths" and "kinds"."""
+        rows: dict[Path, int] = {}
+        path = [rows.setdefault(_cuts(*pair), len(rows)) for pair in zip(self.fqns, self.paths, strict=True)]
+        columns: Columns = {"fqn": self.fqns, "path": path, "kind": self.kind}
+        return b'"keys":{%b},"paths":%b,"kinds":%b' % (_members(columns), _column(list(rows)), _column(self.kinds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +164,141 @@ class Chunk:
         return self.blocks or (self.crc32,)
 
 
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where every chunk of a step, or of one rank's part, lies: columns of equal length and what they point into.
+
+    The same object for as long as nothing moves between saves, so what is made from it is kept on it.
+    key: index into fqns. layouts: (layout, head_bytes). layout: index into layouts, -1 for an object. file: index into
+    files. offset, length: of the item in its file, in bytes. parts: what `merge` made it of.
+    """
+
+    fqns: tuple[str, ...]
+    key: Numbers
+    offsets: Sequence[tuple[int, ...] | None]
+    layouts: tuple[tuple[Layout, int], ...]
+    layout: Numbers
+    files: tuple[str, ...]
+    file: Numbers
+    offset: Numbers
+    length: Numbers
+    parts: tuple[Placement, ...] = ()
+    _texts: dict[str, tuple[Any, Any, bytes]] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Placement:
+        chunks = list(chunks)
+        fqns: dict[str, int] = {}
+        layouts: dict[tuple[Layout, int], int] = {}
+        files: dict[str, int] = {}
+        return cls(
+            key=_array(fqns.setdefault(chunk.key, len(fqns)) for chunk in chunks),
+            offsets=[chunk.offsets for chunk in chunks],
+            layout=_array(
+                -1 if chunk.layout is None else layouts.setdefault((chunk.layout, chunk.head_bytes), len(layouts))
+                for chunk in chunks
+            ),
+            file=_array(files.setdefault(chunk.file, len(files)) for chunk in chunks),
+            offset=_array(chunk.offset for chunk in chunks),
+            length=_array(chunk.length for chunk in chunks),
+            fqns=tuple(fqns), layouts=tuple(layouts), files=tuple(files),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @cached_property
+    def head_bytes(self) -> Numbers:
+        """Of each chunk: where its payload starts in its item."""
+        return _array(chain((head_bytes for _, head_bytes in self.layouts), [0]))[self.layout]
+
+    @cached_property
+    def payload_bytes(self) -> Numbers:
+        """Of each chunk; an object's item is its payload."""
+        sizes = _array(chain((min(payload_bytes_of(layout), _HUGE) for layout, _ in self.layouts), [0]))
+        return np.where(self.layout < 0, self.length, sizes[self.layout])
+
+    @cached_property
+    def num_blocks(self) -> Numbers:
+        """Of each chunk: how many block checksums it has, 0 if its payload is no longer than one block."""
+        blocks = -(-self.payload_bytes // BLOCK_BYTES)
+        return np.where((self.layout < 0) | (blocks < 2), 0, blocks)
+
+    def text(self, keys: Keys, files: tuple[str, ...]) -> bytes:
+        """The members "chunks", "boxes" and "layouts"; key and file: as indices into keys and files."""
+        known = self._texts.get("manifest")
+        if known is None or known[0] is not keys or known[1] != files:
+            known = self._texts["manifest"] = keys, files, self._text(keys, files)
+        return known[2]
+
+    def _text(self, keys: Keys, files: tuple[str, ...]) -> bytes:
+        boxes: dict[tuple[int, ...], int] = {}
+        number_of_file = {name: number for number, name in enumerate(files)}
+        columns: Columns = {
+            "key": _array(keys.number[fqn] for fqn in self.fqns)[self.key],
+            "box": [-1 if offsets is None else boxes.setdefault(offsets, len(boxes)) for offsets in self.offsets],
+            "layout": self.layout,
+            "file": _array(number_of_file[name] for name in self.files)[self.file],
+            "offset": self.offset,
+            "length": self.length,
+        }
+        layouts = [(x.dtype, x.shape, x.stride, head_bytes) for x, head_bytes in self.layouts]
+        return b'"chunks":{%b},"boxes":%b,"layouts":%b' % (_members(columns), _column(list(boxes)), _column(layouts))
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkTable(Sequence[Chunk]):
+    """The chunks of a step, or of one rank's part, as columns; makes a Chunk when asked.
+
+    blocks: {chunk number: the CRC32 of each block of BLOCK_BYTES}, where a payload has more than one.
+    """
+
+    placement: Placement
+    crc32: Checksums
+    item_crc32: Checksums
+    blocks: Mapping[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> ChunkTable:
+        if isinstance(chunks, ChunkTable):
+            return chunks
+        chunks = list(chunks)
+        return cls(
+            Placement.of(chunks),
+            np.array([chunk.crc32 for chunk in chunks], np.uint32),
+            np.array([chunk.item_crc32 for chunk in chunks], np.uint32),
+            {number: chunk.blocks for number, chunk in enumerate(chunks) if chunk.blocks},
+        )
+
+    def __len__(self) -> int:
+        return len(self.crc32)
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        place = self.placement
+        layout, head_bytes = (None, 0) if place.layout[number] < 0 else place.layouts[place.layout[number]]
+        return Chunk(
+            place.fqns[place.key[number]], place.offsets[number], layout, head_bytes, place.files[place.file[number]],
+            int(place.offset[number]), int(place.length[number]),
+            int(self.crc32[number]), int(self.item_crc32[number]), self.blocks.get(number, ()),
+        )  # fmt: skip
+
+    @property
+    def text(self) -> bytes:
+        """The members "payload_crc32", "item_crc32" and "block_crc32"."""
+        numbers = np.flatnonzero(self.placement.num_blocks).tolist()
+        blocks = b"".join(np.array(self.blocks[number], ">u4").tobytes() for number in numbers)
+        return b'"payload_crc32":"%b","item_crc32":"%b","block_crc32":"%b"' % (
+            _hex(self.crc32), _hex(self.item_crc32), blocks.hex().encode(),
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     name: str
@@ -105,7 +310,7 @@ class FileRecord:
 class Manifest:
     head: Head
     keys: Mapping[str, Key]
-    chunks: Sequence[Chunk]
+    chunks: ChunkTable
     files: Sequence[FileRecord]
     dcp_metadata_size: int
     dcp_metadata_crc32: int
@@ -115,33 +320,73 @@ class Manifest:
         return sum(file.size for file in self.files)
 
 
-def keys_of(metadata: Metadata) -> dict[str, Key]:
+def keys_of(metadata: Metadata) -> Keys:
     """The tree of keys from what DCP's planner made."""
     paths: Mapping[str, Any] = metadata.planner_data or {}
-    keys: dict[str, Key] = {}
-    for fqn, entry in metadata.state_dict_metadata.items():
-        path = tuple(paths.get(fqn, (fqn,)))
-        if isinstance(entry, TensorStorageMetadata):
-            keys[fqn] = Key(path, str(entry.properties.dtype)[6:], tuple(entry.size))
-        else:
-            keys[fqn] = Key(path, None, None)
-    return keys
+    kinds: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
+    kind = [
+        kinds.setdefault((entry.properties.dtype, entry.size), len(kinds))
+        if isinstance(entry, TensorStorageMetadata)
+        else -1
+        for entry in metadata.state_dict_metadata.values()
+    ]
+    return Keys(
+        tuple(metadata.state_dict_metadata),
+        [tuple(paths.get(fqn, (fqn,))) for fqn in metadata.state_dict_metadata],
+        tuple((str(dtype)[6:], tuple(shape)) for dtype, shape in kinds),
+        np.array(kind, np.int64),
+    )
+
+
+def merge(tables: Sequence[ChunkTable], before: Placement | None = None) -> ChunkTable:
+    """The parts of all ranks as one. before: what it was made into last time, used again if no part has moved."""
+    if len(tables) == 1:
+        return tables[0]
+    parts = tuple(table.placement for table in tables)
+    starts = np.cumsum([0, *map(len, parts)]).tolist()
+    return ChunkTable(
+        before if before is not None and before.parts == parts else _merged(parts),
+        np.concatenate([np.zeros(0, np.uint32), *(table.crc32 for table in tables)]),
+        np.concatenate([np.zeros(0, np.uint32), *(table.item_crc32 for table in tables)]),
+        {
+            start + number: blocks
+            for start, table in zip(starts, tables, strict=False)
+            for number, blocks in table.blocks.items()
+        },
+    )
+
+
+def _merged(parts: tuple[Placement, ...]) -> Placement:
+    def numbered(tables: Iterable[Sequence[Any]], columns: Iterable[Numbers]) -> tuple[tuple[Any, ...], Numbers]:
+        """One table without doubles, and the columns as indices into it; -1 stays."""
+        index: dict[Any, int] = {}
+        moved = [
+            _array(chain((index.setdefault(entry, len(index)) for entry in table), [-1]))[column]
+            for table, column in zip(tables, columns, strict=True)
+        ]
+        return tuple(index), np.concatenate([_array([]), *moved])
+
+    fqns, key = numbered((part.fqns for part in parts), (part.key for part in parts))
+    layouts, layout = numbered((part.layouts for part in parts), (part.layout for part in parts))
+    files, file = numbered((part.files for part in parts), (part.file for part in parts))
+    offset = np.concatenate([_array([]), *(part.offset for part in parts)])
+    length = np.concatenate([_array([]), *(part.length for part in parts)])
+    offsets = list(chain.from_iterable(part.offsets for part in parts))
+    return Placement(fqns, key, offsets, layouts, layout, files, file, offset, length, parts)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    index = {fqn: number for number, fqn in enumerate(manifest.keys)}
-    document = {
-        "head": {"format": FORMAT, "version": VERSION, **asdict(manifest.head)},
-        "keys": {
-            "fqn": list(manifest.keys),
-            "path": [key.path for key in manifest.keys.values()],
-            "dtype": [key.dtype for key in manifest.keys.values()],
-            "shape": [key.shape for key in manifest.keys.values()],
-        },
-        **_encode_records(manifest.chunks, manifest.files, index),
-        "dcp_metadata": {"size": manifest.dcp_metadata_size, "crc32": manifest.dcp_metadata_crc32},
-    }
-    body = _dumps(document)[:-1]
+    """With keys and a placement that were encoded before, what does not change is taken from there."""
+    keys = Keys.of(manifest.keys)
+    members = [
+        b'"head":' + _dumps({"format": FORMAT, "version": VERSION, **asdict(manifest.head)}),
+        keys.text,
+        manifest.chunks.placement.text(keys, tuple(file.name for file in manifest.files)),
+        manifest.chunks.text,
+        b'"files":{%b}' % _members(_file_columns(manifest.files)),
+        b'"dcp_metadata":' + _dumps({"size": manifest.dcp_metadata_size, "crc32": manifest.dcp_metadata_crc32}),
+    ]
+    body = b"{" + b",".join(members)
     return body + b',"crc32":"%08x"}' % crc32(body)
 
 
@@ -159,125 +404,266 @@ def decode_manifest(data: bytes) -> Manifest:
             raise ManifestError(
                 f"format {document['head']['format']!r} version {document['head']['version']!r} is newer"
             )
-        keys = {
-            fqn: Key(tuple(path), dtype, None if shape is None else tuple(shape))
-            for fqn, path, dtype, shape in zip(*_columns(document["keys"], "fqn path dtype shape"), strict=True)
-        }
-        chunks, files = _decode_records(document, list(keys))
+        keys = _decode_keys(document)
+        files = _decode_files(document["files"])
+        placement = _decode_placement(document, keys.fqns, files)
+        chunks = _decode_chunks(document, placement)
+        _check_kinds(keys, placement)
         stock = document["dcp_metadata"]
-        _check_kinds(keys, chunks)
-        manifest = Manifest(Head(**head), keys, chunks, files, stock["size"], stock["crc32"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+        manifest = Manifest(Head(**head), keys, chunks, files, _natural(stock["size"]), _natural(stock["crc32"]))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as exc:
         raise ManifestError(f"its structure is wrong: {type(exc).__name__}: {exc}") from exc
     return manifest
 
 
-def encode_records(chunks: Sequence[Chunk], files: Sequence[FileRecord]) -> bytes:
-    """What one rank tells the coordinator after writing: the same columns as in the manifest."""
-    fqns = list(dict.fromkeys(chunk.key for chunk in chunks))
-    index = {fqn: number for number, fqn in enumerate(fqns)}
-    return _dumps({"fqn": fqns, **_encode_records(chunks, files, index)})
+def encode_records(chunks: ChunkTable, files: Sequence[FileRecord]) -> bytes:
+    """What one rank tells the coordinator after writing: a line that stays the same while its placement does, and the
+    line of this save."""
+    placement = chunks.placement
+    names = tuple(file.name for file in files)
+    known = placement._texts.get("records")
+    if known is None or known[1] != names:
+        fqns = Keys.of({fqn: Key((fqn,), None, None) for fqn in placement.fqns})
+        text = b'{"fqn":%b,%b}' % (_column(placement.fqns), placement._text(fqns, names))
+        known = placement._texts["records"] = None, names, text
+    return b'%b\n{%b,"files":{%b}}' % (known[2], chunks.text, _members(_file_columns(files)))
 
 
-def decode_records(data: bytes) -> tuple[list[Chunk], list[FileRecord]]:
-    document = json.loads(data)
-    return _decode_records(document, document["fqn"])
+def decode_records(data: bytes, before: Placement | None = None) -> tuple[ChunkTable, list[FileRecord]]:
+    """before: of the same rank's last report, used again if nothing has moved."""
+    fixed, line = data.split(b"\n", 1)
+    document = json.loads(line)
+    files = _decode_files(document["files"])
+    names = tuple(file.name for file in files)
+    if before is not None and before._texts.get("records") == (None, names, fixed):
+        placement = before
+        _check_places(placement, files)
+    else:
+        parsed = json.loads(fixed)
+        placement = _decode_placement(parsed, tuple(parsed["fqn"]), files)
+        placement._texts["records"] = None, names, fixed
+    return _decode_chunks(document, placement), files
 
 
-def _encode_records(
-    chunks: Sequence[Chunk], files: Sequence[FileRecord], key_index: Mapping[str, int]
-) -> dict[str, Any]:
-    file_index = {file.name: number for number, file in enumerate(files)}
-    layouts: dict[tuple[Layout | None, int], int] = {}
+def _file_columns(files: Sequence[FileRecord]) -> Columns:
     return {
-        "chunks": {
-            "key": [key_index[chunk.key] for chunk in chunks],
-            "offsets": [chunk.offsets for chunk in chunks],
-            "layout": [
-                -1 if chunk.layout is None else layouts.setdefault((chunk.layout, chunk.head_bytes), len(layouts))
-                for chunk in chunks
-            ],
-            "file": [file_index[chunk.file] for chunk in chunks],
-            "offset": [chunk.offset for chunk in chunks],
-            "length": [chunk.length for chunk in chunks],
-            "crc32": [chunk.crc32 for chunk in chunks],
-            "item_crc32": [chunk.item_crc32 for chunk in chunks],
-            "blocks": [chunk.blocks for chunk in chunks],
-        },
-        "layouts": [[x.dtype, x.shape, x.stride, head_bytes] for x, head_bytes in layouts if x is not None],
-        "files": {
-            "name": [file.name for file in files],
-            "size": [file.size for file in files],
-            "crc32": [file.crc32 for file in files],
-        },
+        "name": [file.name for file in files],
+        "size": [file.size for file in files],
+        "crc32": [file.crc32 for file in files],
     }
 
 
-def _decode_records(document: Mapping[str, Any], fqns: Sequence[str]) -> tuple[list[Chunk], list[FileRecord]]:
-    files = [
-        FileRecord(name, _natural(size), crc)
-        for name, size, crc in zip(*_columns(document["files"], "name size crc32"), strict=True)
-    ]
+def _cuts(fqn: str, path: Path) -> tuple[Any, ...]:
+    """A path as a row of "paths"."""
+    if ".".join(map(str, path)) != fqn or not all(type(part) in (str, int) for part in path):
+        return (path,)
+    return tuple(len(part) if isinstance(part, str) else -len(str(part)) for part in path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Paths(Sequence[Path]):
+    """The paths of keys, cut out of the fqns when asked."""
+
+    fqns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    row: Numbers
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        row = self.rows[self.row[number]]
+        if row and isinstance(row[0], tuple):
+            return row[0]
+        fqn, parts, at = self.fqns[number], [], 0
+        for length in row:
+            part = fqn[at : at + abs(length)]
+            parts.append(part if length >= 0 else int(part))
+            at += abs(length) + 1
+        return tuple(parts)
+
+
+def _decode_keys(document: Mapping[str, Any]) -> Keys:
+    columns = document["keys"]
+    fqns = tuple(columns["fqn"])
+    if not set(map(type, fqns)) <= {str} or len(set(fqns)) != len(fqns):
+        raise ValueError("a key is no name, or stands there twice")
+    kinds = tuple((_dtype(dtype), _naturals(shape)) for dtype, shape in document["kinds"])
+    rows = tuple(map(_decode_row, document["paths"]))
+    row = _numbers(columns.pop("path"), stop=len(rows))
+    kind = _numbers(columns.pop("kind"), low=-1, stop=len(kinds))
+    if not len(fqns) == len(row) == len(kind):
+        raise ValueError("the columns of the keys differ in length")
+    keys = Keys(fqns, _Paths(fqns, rows, row), kinds, kind)
+    _check_paths(fqns, rows, row)
+    return keys
+
+
+def _decode_row(row: Any) -> tuple[Any, ...]:
+    if len(row) == 1 and isinstance(row[0], list):
+        row = row[0]
+        if not set(map(type, row)) <= {int, str}:
+            raise ValueError(f"the path {row!r}")
+        return (tuple(row),)
+    if not set(map(type, row)) <= {int}:
+        raise ValueError(f"the path {row!r}")
+    return tuple(row)
+
+
+def _check_paths(fqns: tuple[str, ...], rows: tuple[tuple[Any, ...], ...], row: Numbers) -> None:
+    """Each fqn is as long as its path says, and ints are where the path says so."""
+    cut = _array(-1 if row and isinstance(row[0], tuple) else sum(map(abs, row)) + len(row) - 1 for row in rows)[row]
+    lengths = _array(map(len, fqns))
+    wrong = np.flatnonzero((cut != lengths) & (cut >= 0))
+    if len(wrong):
+        raise ValueError(f"the path of {fqns[wrong[0]]!r} is not as long as it is")
+    has_int = np.array([any(isinstance(part, int) and part < 0 for part in row) for row in rows], bool)
+    paths = _Paths(fqns, rows, row)
+    for number in np.flatnonzero(has_int[row]).tolist():
+        paths[number]
+
+
+def _decode_files(columns: Mapping[str, Any]) -> list[FileRecord]:
+    names, sizes, crcs = columns["name"], columns["size"], columns["crc32"]
+    files = list(starmap(FileRecord, zip(names, _numbers(sizes).tolist(), _numbers(crcs).tolist(), strict=True)))
     for file in files:
         if not _FILE_NAME.match(file.name) or file.name.startswith("."):
             raise ValueError(f"file name {file.name!r}")
-    layouts = [
-        (Layout(dtype, tuple(map(_natural, shape)), tuple(map(_natural, stride))), _natural(head_bytes))
+    if len(set(names)) != len(files):
+        raise ValueError("a file name stands there twice")
+    return files
+
+
+def _decode_placement(document: Mapping[str, Any], fqns: tuple[str, ...], files: Sequence[FileRecord]) -> Placement:
+    columns = document["chunks"]
+    boxes = [*map(_naturals, document["boxes"]), None]
+    layouts = tuple(
+        (Layout(_dtype(dtype), _naturals(shape), _naturals(stride)), _natural(head_bytes))
         for dtype, shape, stride, head_bytes in document["layouts"]
-    ]
-    names = "key offsets layout file offset length crc32 item_crc32 blocks"
-    chunks = []
-    for key, offsets, layout, file, offset, length, crc, item_crc, blocks in zip(
-        *_columns(document["chunks"], names), strict=True
-    ):
-        frame, head_bytes = (None, 0) if layout == -1 else layouts[_natural(layout)]
-        record = files[_natural(file)]
-        if _natural(offset) + _natural(length) > record.size:
-            raise ValueError(f"an item of {fqns[key]!r} ends at {offset + length}, {record.name} at {record.size}")
-        box = None if offsets is None else tuple(map(_natural, offsets))
-        chunks.append(
-            Chunk(
-                fqns[_natural(key)], box, frame, head_bytes, record.name, offset, length, crc, item_crc, tuple(blocks)
-            )
-        )
-    _check_payloads(chunks)
-    return chunks, files
+    )
+    key = _numbers(columns.pop("key"), stop=len(fqns))
+    box = _numbers(columns.pop("box"), low=-1, stop=len(boxes) - 1)
+    layout = _numbers(columns.pop("layout"), low=-1, stop=len(layouts))
+    file = _numbers(columns.pop("file"), stop=len(files))
+    offset, length = _numbers(columns.pop("offset")), _numbers(columns.pop("length"))
+    if len({len(column) for column in (key, box, layout, file, offset, length)}) != 1:
+        raise ValueError("the columns of the chunks differ in length")
+    offsets = list(map(boxes.__getitem__, box.tolist()))
+    names = tuple(record.name for record in files)
+    placement = Placement(fqns, key, offsets, layouts, layout, names, file, offset, length)
+    _check_places(placement, files)
+    ranks_of_boxes = _array([*(len(box) for box in boxes if box is not None), -1])
+    ranks_of_layouts = _array([*(len(frame.shape) for frame, _ in layouts), -1])
+    _check_payloads(placement, ranks_of_boxes[box] == ranks_of_layouts[layout])
+    return placement
 
 
-def _check_payloads(chunks: Iterable[Chunk]) -> None:
-    """A payload lies inside its item and has a checksum per block: a reader may rely on both."""
-    for chunk in chunks:
-        if chunk.layout is None:
-            continue
-        payload_bytes = payload_bytes_of(chunk.layout)
-        num_blocks = -(-payload_bytes // BLOCK_BYTES)
-        if chunk.head_bytes + payload_bytes > chunk.length:
-            raise ValueError(f"the payload of {chunk.key!r} is longer than its item")
-        if len(chunk.blocks) != (num_blocks if num_blocks > 1 else 0) or chunk.offsets is None:
-            raise ValueError(f"the chunk of {chunk.key!r} has {len(chunk.blocks)} block checksums")
+def _check_places(placement: Placement, files: Sequence[FileRecord]) -> None:
+    sizes = _array(file.size for file in files)[placement.file]
+    for number in np.flatnonzero((placement.offset > sizes) | (placement.length > sizes - placement.offset)):
+        end = int(placement.offset[number]) + int(placement.length[number])
+        name = placement.files[placement.file[number]]
+        raise ValueError(f"an item of {_key_of(placement, number)!r} ends at {end}, {name} at {sizes[number]}")
 
 
-def _check_kinds(keys: Mapping[str, Key], chunks: Iterable[Chunk]) -> None:
-    for chunk in chunks:
-        if (keys[chunk.key].dtype is None) != (chunk.layout is None):
-            raise ValueError(f"{chunk.key!r} is an object and a tensor at once")
+def _check_payloads(placement: Placement, is_box_right: npt.NDArray[np.bool_]) -> None:
+    """A payload lies inside its item and its box has its dimensions: a reader may rely on both."""
+    room = placement.length - placement.payload_bytes
+    for number in np.flatnonzero(placement.head_bytes > room):
+        raise ValueError(f"the payload of {_key_of(placement, number)!r} is longer than its item")
+    for number in np.flatnonzero(~is_box_right):
+        raise ValueError(f"the box of {_key_of(placement, number)!r} does not have the dimensions of its layout")
+
+
+def _decode_chunks(document: Mapping[str, Any], placement: Placement) -> ChunkTable:
+    crcs, item_crcs, block_crcs = (_unhex(document[name]) for name in ("payload_crc32", "item_crc32", "block_crc32"))
+    if not len(crcs) == len(item_crcs) == len(placement):
+        raise ValueError(f"{len(placement)} chunks have {len(crcs)} and {len(item_crcs)} checksums")
+    # Clipped, so that the sum of what a hostile layout says does not overflow to the right one.
+    counts = np.minimum(placement.num_blocks, len(block_crcs) + 1)
+    numbers = np.flatnonzero(counts)
+    ends = np.cumsum(counts[numbers])
+    if (int(ends[-1]) if len(ends) else 0) != len(block_crcs):
+        raise ValueError(f"there are {len(block_crcs)} block checksums")
+    blocks = np.split(block_crcs, ends[:-1]) if len(ends) else []
+    return ChunkTable(
+        placement, crcs, item_crcs,
+        {number: tuple(part.tolist()) for number, part in zip(numbers.tolist(), blocks, strict=True)},
+    )  # fmt: skip
+
+
+def _check_kinds(keys: Keys, placement: Placement) -> None:
+    for number in np.flatnonzero((keys.kind[placement.key] < 0) != (placement.layout < 0)):
+        raise ValueError(f"{_key_of(placement, number)!r} is an object and a tensor at once")
+
+
+def _key_of(placement: Placement, number: Any) -> str:
+    return placement.fqns[int(placement.key[number])]
 
 
 def payload_bytes_of(layout: Layout) -> int:
-    numel = 1
-    for size in layout.shape:
-        numel *= size
-    return numel * layout.torch_dtype.itemsize
+    return math.prod(layout.shape) * layout.torch_dtype.itemsize
+
+
+def _dtype(name: Any) -> str:
+    if type(name) is not str:
+        raise TypeError(f"{name!r} where the name of a dtype belongs")
+    return name
 
 
 def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < _HUGE:
         raise ValueError(f"{value!r} where a count, an index or an offset belongs")
     return value
 
 
-def _columns(table: Mapping[str, Any], names: str) -> list[list[Any]]:
-    return [table[name] for name in names.split()]
+def _naturals(values: Any) -> tuple[int, ...]:
+    if type(values) is not list:
+        raise TypeError(f"{type(values).__name__} where a list belongs")
+    return tuple(map(_natural, values))
+
+
+def _numbers(values: Any, *, low: int = 0, stop: int = _HUGE) -> Numbers:
+    """A column of whole numbers in [low, stop), checked."""
+    if type(values) is not list:
+        raise TypeError(f"{type(values).__name__} where a column belongs")
+    if not set(map(type, values)) <= {int}:
+        wrong = next(value for value in values if type(value) is not int)
+        raise ValueError(f"{wrong!r} where a count, an index or an offset belongs")
+    numbers = np.array(values, np.int64)
+    if len(numbers) and int(numbers.min()) < low:
+        raise ValueError(f"{numbers.min()} where a count, an index or an offset belongs")
+    if len(numbers) and int(numbers.max()) >= stop:
+        raise IndexError(f"{numbers.max()} of {stop}")
+    return numbers
+
+
+def _array(values: Iterable[int]) -> Numbers:
+    return np.fromiter(values, np.int64)
+
+
+def _hex(crcs: Checksums) -> bytes:
+    return crcs.astype(">u4").tobytes().hex().encode()
+
+
+def _unhex(text: Any) -> Checksums:
+    if type(text) is not str or len(text) % 8:
+        raise ValueError("checksums are not of eight hex digits each")
+    return np.frombuffer(bytes.fromhex(text), ">u4").astype(np.uint32)
+
+
+def _members(columns: Columns) -> bytes:
+    return b",".join(b'"%b":%b' % (name.encode(), _column(column)) for name, column in columns.items())
+
+
+def _column(values: Sequence[Any] | Numbers) -> bytes:
+    pieces = []
+    for start in range(0, len(values), _NAMES_PER_CALL):
+        piece = values[start : start + _NAMES_PER_CALL]
+        pieces.append(_dumps(piece.tolist() if isinstance(piece, np.ndarray) else piece)[1:-1])
+    return b"[" + b",".join(pieces) + b"]"
 
 
 def _dumps(document: Any) -> bytes:

@@ -24,7 +24,7 @@ from asyncckpt.errors import CheckpointError, CommitError, DamagedStepError, Sav
 from asyncckpt.framing import crc32
 from asyncckpt.index import RunIndex
 from asyncckpt.manifest import (
-    Chunk,
+    ChunkTable,
     FileRecord,
     Head,
     Key,
@@ -33,6 +33,7 @@ from asyncckpt.manifest import (
     encode_manifest,
     encode_records,
     keys_of,
+    merge,
 )
 from asyncckpt.plan import PlannedSave
 from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
@@ -200,12 +201,9 @@ class Saver:
 
     def _commit(self, job: SaveJob, reports: Sequence[bytes]) -> tuple[int, list[int]]:
         """Make the step visible and choose what retention drops: (bytes of all files, steps to prune)."""
-        chunks: list[Chunk] = []
-        files: list[FileRecord] = []
-        for report in reports:
-            rank_chunks, rank_files = decode_records(report)
-            chunks += rank_chunks
-            files += rank_files
+        parts = [decode_records(report) for report in reports]
+        chunks = merge([table for table, _ in parts])
+        files = [file for _, rank_files in parts for file in rank_files]
         before = self.index.files_of(job.step)
         manifest, stock = self._manifest(job, chunks, files)
         names = [f"{job.attempt}/{file.name}" for file in files]
@@ -226,7 +224,7 @@ class Saver:
         self.index.remove(pruned)
         return manifest.num_bytes, pruned
 
-    def _manifest(self, job: SaveJob, chunks: list[Chunk], files: list[FileRecord]) -> tuple[Manifest, bytes]:
+    def _manifest(self, job: SaveJob, chunks: ChunkTable, files: list[FileRecord]) -> tuple[Manifest, bytes]:
         assert job.planned.metadata is not None
         head = Head(
             job.step, job.sequence, job.attempt, uuid.uuid4().hex, self.ranks.world_size, torch.__version__,
@@ -344,7 +342,7 @@ class Saver:
 
 
 def make_manifest(
-    head: Head, keys: Mapping[str, Key], chunks: Sequence[Chunk], files: Sequence[FileRecord]
+    head: Head, keys: Mapping[str, Key], chunks: ChunkTable, files: Sequence[FileRecord]
 ) -> tuple[Manifest, bytes]:
     """The manifest of a step and the stock `.metadata` that belongs to it."""
     stock = pickle_metadata(keys, chunks, head.attempt, head.save_id)
