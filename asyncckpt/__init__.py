@@ -13,7 +13,7 @@ General layout, in the order in which a save passes through it (each module impo
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
     per_rank                          values that each rank keeps for itself
     objects, plan                     what may be saved, and who writes what
-    shard, read                       items to bytes, and back
+    shard_layout, shard, read         items to bytes, and back
     restore, save, verify             one step; `save` is the writer thread's half of a manager
     prime, named_state                an optimizer's state: made before the first step; under its parameters' names
     rng, loader                       random streams, the place in the data

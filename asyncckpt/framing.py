@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from isal.isal_zlib import crc32, crc32_combine
 
@@ -79,6 +80,42 @@ class Frame:
         for at in self.crc_at:
             struct.pack_into("<L", tail, at, payload_crc32)
         return bytes(tail)
+
+    def item_crc32(self, payload_crc32: int) -> int:
+        """CRC32 of the whole item, of which only the payload's needs to be known."""
+        before = crc32_combine(crc32(self.head), payload_crc32, self.payload_bytes)
+        return crc32(self.tail_with(payload_crc32), before)
+
+    def item_crc32s(self, payload_crc32s: np.ndarray) -> np.ndarray:
+        """The same for many items at once, uint32 in and out; some nanoseconds each."""
+        if len(payload_crc32s) < _WORTH_TABLES:
+            return np.array([self.item_crc32(crc) for crc in payload_crc32s.tolist()], np.uint32)
+        base, tables = _item_crc_tables(self)
+        found = np.full(len(payload_crc32s), base, np.uint32)
+        for byte, table in enumerate(tables):
+            found ^= table[(payload_crc32s >> np.uint32(8 * byte)) & np.uint32(255)]
+        return found
+
+
+_WORTH_TABLES = 64  # items; the tables cost as much as this many
+
+
+@lru_cache(maxsize=256)
+def _item_crc_tables(frame: Frame) -> tuple[int, list[np.ndarray]]:
+    """An item's CRC32 is the first number XOR one entry of each table, by the bytes of the payload's CRC32.
+
+    CRC32 is linear over XOR, also where the payload's CRC32 is stored in the tail: a bit of it flips the same bits of
+    the item's whatever the others are.
+    """
+    base = frame.item_crc32(0)
+    tables = []
+    for byte in range(4):
+        table = np.zeros(256, np.uint32)
+        for bit in range(8):
+            flips = np.uint32(frame.item_crc32(1 << (8 * byte + bit)) ^ base)
+            table[1 << bit : 2 << bit] = table[: 1 << bit] ^ flips
+        tables.append(table)
+    return base, tables
 
 
 class _SparseSink(io.RawIOBase):

@@ -1,101 +1,144 @@
-"""One rank's items as the bytes of its files: where each goes, and the stream of views that storage writes.
+"""One rank's items as the bytes of its files: the stream of views that storage writes, and their checksums.
 
-Offsets are fixed before a byte is written (framing.py), so payloads go from the staged tensor to storage without a
-copy; only frames, small tensors and objects pass through a buffer. Checksums are computed in the same pass. Called by
-the background writer (manager.py) and by ShardWriter (dcp.py); decides nothing about steps or commits.
+Every place in the file is known before a byte is written (shard_layout.py), so large payloads go from the staged tensor
+to storage as they lie; only frames, small tensors and objects pass through a buffer. Checksums are computed in the same
+pass. Called by the background writer (save.py) and by ShardWriter (dcp.py); decides nothing about steps or commits.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import mmap
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from asyncckpt.framing import BLOCK_BYTES, Layout, PayloadCrc, crc32, crc32_combine, frame_of
-from asyncckpt.manifest import Chunk, FileRecord
+from asyncckpt.manifest import Checksums, ChunkTable, FileRecord
+from asyncckpt.shard_layout import Run, ShardFile, ShardLayout
 from asyncckpt.storage import Storage
 
-ALIGNED_PAYLOAD_BYTES = 1024 * 1024
-"""From this size on a payload starts on 4 KiB in the file, which O_DIRECT needs; smaller ones are copied anyway."""
-PAGE_BYTES = 4096
 VIEW_BYTES = 4 * BLOCK_BYTES
 """Payload bytes checksummed ahead of being handed to storage; 16 MiB is also what O_DIRECT and multipart like."""
-REGION_BYTES = 1024 * 1024
+REGION_BYTES = 2 * 1024 * 1024
 PARALLEL_FILES = 4
 
 
-@dataclass(slots=True)
-class _Item:
-    """An item with its place. `tensor` is None for an object, whose whole item is `data`."""
+class Payloads(Protocol):
+    """The bytes of a plan's tensors, by row. What it gives stays unchanged until the write is over."""
 
-    index: MetadataIndex
-    tensor: torch.Tensor | None
-    layout: Layout | None
-    data: bytes
-    length: int
-    file: str = ""
-    offset: int = 0
-    crc32: int = 0
-    item_crc32: int = 0
-    blocks: list[int] = field(default_factory=list)
-    same_as: _Item | None = None
+    def small(self, rows: Sequence[int]) -> list[memoryview]: ...
 
-    @property
-    def head_bytes(self) -> int:
-        return 0 if self.layout is None else len(frame_of(self.layout).head)
-
-    def chunk(self) -> Chunk:
-        source = self.same_as or self
-        offsets = None if self.layout is None else tuple(self.index.offset or ())
-        blocks = tuple(source.blocks) if len(source.blocks) > 1 else ()
-        return Chunk(
-            self.index.fqn, offsets, self.layout, self.head_bytes, source.file, source.offset, source.length,
-            source.crc32, source.item_crc32, blocks,
-        )  # fmt: skip
+    def large(self, row: int) -> Iterator[memoryview]:
+        """In views of VIEW_BYTES."""
+        ...
 
 
-@dataclass(slots=True)
-class _File:
-    name: str
-    items: list[_Item] = field(default_factory=list)
-    size: int = 0
-    crc32: int = 0
+class Regions:
+    """Buffers of REGION_BYTES for small tensors, used again once nobody holds a view of them: fresh memory would cost
+    several times the copy into it. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._free: deque[mmap.mmap] = deque()
+
+    def take(self, num_bytes: int) -> memoryview:
+        """Its contents are arbitrary."""
+        if num_bytes > REGION_BYTES:
+            return memoryview(bytearray(num_bytes))
+        try:
+            region = self._free.pop()
+        except IndexError:
+            region = mmap.mmap(-1, REGION_BYTES)
+        lease = np.frombuffer(region, np.uint8, num_bytes)  # every view of the memoryview keeps it alive
+        weakref.finalize(lease, self._free.append, region)
+        return lease.data
 
 
-def write_items(
-    storage: Storage, folder: str, rank: int, items: Sequence[WriteItem], planner: SavePlanner
-) -> tuple[list[Chunk], list[FileRecord]]:
-    """Write a rank's part of a save into `folder` and return what the manifest has to say of it; durable on return.
-
-    planner: resolves the items; the tensors it gives must stay unchanged until this returns. OSError: storage failed.
-    """
-    resolved = [_resolve(item, planner) for item in items]
-    files = _lay_out(resolved, rank, storage.max_file_bytes)
-
-    def write(file: _File) -> None:
-        storage.write_file(f"{folder}/{file.name}", file.size, _views(file))
-
-    if len(files) < 2:
-        list(map(write, files))
-    else:  # one upload session of GCS is sequential: only several files fill the line
-        with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="asyncckpt-files") as pool:
-            list(pool.map(write, files))
-    return [item.chunk() for item in resolved], [FileRecord(file.name, file.size, file.crc32) for file in files]
+# -- a plan's items as tensors and bytes
 
 
-def _resolve(item: WriteItem, planner: SavePlanner) -> _Item:
-    value = planner.resolve_data(item)
-    if isinstance(value, io.BytesIO):
-        data = value.getvalue()
-        return _Item(item.index, None, None, data, len(data))
-    tensor = _dense(value.detach())
-    layout = Layout.of(tensor)
-    return _Item(item.index, tensor, layout, b"", frame_of(layout).num_bytes)
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A plan's items as the planner gives them. tensors: dense, on the CPU; None for an object. objects: their items,
+    in order."""
+
+    tensors: list[torch.Tensor | None]
+    objects: list[bytes]
+
+    @classmethod
+    def of(cls, items: Sequence[WriteItem], planner: SavePlanner) -> Resolved:
+        found = cls([], [])
+        for item in items:
+            value = planner.resolve_data(item)
+            if isinstance(value, io.BytesIO):
+                found.objects.append(value.getvalue())
+                found.tensors.append(None)
+            else:
+                found.tensors.append(_dense(value.detach()))
+        return found
+
+    def layout(self, items: Sequence[WriteItem], rank: int, max_file_bytes: int) -> ShardLayout:
+        """Tied tensors (same memory, same layout) are one item: all are kept alive, so an equal address says so."""
+        layouts = [None if tensor is None else Layout.of(tensor) for tensor in self.tensors]
+        first: dict[tuple[int, Layout], int] = {}
+        same_as = [
+            row if tensor is None or layout is None or not tensor.numel() else
+            first.setdefault((tensor.data_ptr(), layout), row)
+            for row, (tensor, layout) in enumerate(zip(self.tensors, layouts, strict=True))
+        ]  # fmt: skip
+        indices = [item.index for item in items]
+        return ShardLayout(indices, layouts, same_as, rank=rank, max_file_bytes=max_file_bytes)
+
+    def small(self, rows: Sequence[int]) -> list[memoryview]:
+        return [self._view(row) for row in rows]
+
+    def large(self, row: int) -> Iterator[memoryview]:
+        return _in_views(self._view(row))
+
+    def _view(self, row: int) -> memoryview:
+        tensor = self.tensors[row]
+        assert tensor is not None
+        return payload_view(tensor)
+
+    def places_in(self, memory: memoryview) -> list[tuple[int, int]] | None:
+        """[start, stop) of each tensor in `memory`, (0, 0) for an object; None if one lies outside."""
+        base, places = np.frombuffer(memory, np.uint8).ctypes.data, []
+        for tensor in self.tensors:
+            if tensor is None or not tensor.numel():
+                places.append((0, 0))
+                continue
+            start = tensor.data_ptr() - base
+            if start < 0 or start + tensor.nbytes > len(memory):
+                return None
+            places.append((start, start + tensor.nbytes))
+        return places
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPayloads:
+    """Payloads at known places of a staging buffer. wait_for: returns when the bytes [start, stop) are there."""
+
+    memory: memoryview
+    places: Sequence[tuple[int, int]]
+    wait_for: Callable[[int, int], None]
+
+    def small(self, rows: Sequence[int]) -> list[memoryview]:
+        memory, places = self.memory, self.places
+        return [memory[start:stop] for start, stop in [places[row] for row in rows]]
+
+    def large(self, row: int) -> Iterator[memoryview]:
+        start, stop = self.places[row]
+        for view in _in_views(self.memory[start:stop]):
+            self.wait_for(start, start + len(view))
+            start += len(view)
+            yield view
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,35 +160,6 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _lay_out(items: Sequence[_Item], rank: int, max_file_bytes: int) -> list[_File]:
-    """Give every item its file and offset: tensors in plan order, then objects, whose sizes change from save to save.
-
-    Tied tensors (same memory, same layout) are one item in the file; `items` keeps them alive, so an equal address is
-    the same tensor. A rank without items has no file.
-    """
-    files: list[_File] = []
-    seen: dict[tuple[int, Layout], _Item] = {}
-    for item in sorted(items, key=lambda item: item.tensor is None):
-        if item.tensor is not None and item.layout is not None and item.tensor.numel():
-            first = seen.setdefault((item.tensor.data_ptr(), item.layout), item)
-            if first is not item:
-                item.same_as = first
-                continue
-        if not files or files[-1].size + item.length > max_file_bytes:
-            files.append(_File(f"__{rank}_{len(files)}.distcp"))
-        file = files[-1]
-        item.file, item.offset = file.name, _aligned(file.size, item)
-        file.size = item.offset + item.length
-        file.items.append(item)
-    return files
-
-
-def _aligned(position: int, item: _Item) -> int:
-    if item.layout is None or frame_of(item.layout).payload_bytes < ALIGNED_PAYLOAD_BYTES:
-        return position
-    return position + -(position + item.head_bytes) % PAGE_BYTES
-
-
 def payload_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a dense CPU tensor, without a copy."""
     if tensor.numel() == 0:
@@ -153,59 +167,121 @@ def payload_view(tensor: torch.Tensor) -> memoryview:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def _views(file: _File) -> Iterator[memoryview]:
-    """The bytes of a file in order; fills in the checksums of its items and its own on the way."""
-    region = bytearray()
-    position = 0  # where the region starts in the file
-    for item in file.items:
-        region += bytes(item.offset - position - len(region))
-        if item.tensor is None or item.layout is None:
-            item.crc32 = item.item_crc32 = crc32(item.data)
-            region += item.data
-        elif item.length <= ALIGNED_PAYLOAD_BYTES:
-            _append_small(region, item)
-        else:
-            frame, payload = frame_of(item.layout), PayloadCrc()
-            region += frame.head
-            yield _flush(file, region)
-            yield from _checksummed(item, payload)
-            item.crc32, tail = payload.value, frame.tail_with(payload.value)
-            file.crc32 = crc32_combine(file.crc32, payload.value, payload.num_bytes)
-            item.item_crc32 = crc32(tail, crc32_combine(crc32(frame.head), payload.value, payload.num_bytes))
-            position = item.offset + item.length - len(tail)
-            region = bytearray(tail)
-        if len(region) >= REGION_BYTES:
-            position += len(region)
-            yield _flush(file, region)
-            region = bytearray()
-    if region:
-        yield _flush(file, region)
+def _in_views(payload: memoryview) -> Iterator[memoryview]:
+    return (payload[at : at + VIEW_BYTES] for at in range(0, len(payload), VIEW_BYTES))
 
 
-def _append_small(region: bytearray, item: _Item) -> None:
-    assert item.tensor is not None
-    assert item.layout is not None
-    frame, start, view = frame_of(item.layout), len(region), payload_view(item.tensor)
-    item.crc32 = crc32(view)
-    region += frame.head
-    region += view
-    region += frame.tail_with(item.crc32)
-    item.item_crc32 = crc32(memoryview(region)[start:])
+# -- writing
 
 
-def _checksummed(item: _Item, payload: PayloadCrc) -> Iterator[memoryview]:
-    """The payload of a large item in views of VIEW_BYTES, each checksummed block by block before it is yielded."""
-    assert item.tensor is not None
-    whole = payload_view(item.tensor)
-    for start in range(0, len(whole), VIEW_BYTES):
-        view = whole[start : start + VIEW_BYTES]
-        for at in range(0, len(view), BLOCK_BYTES):
-            block = view[at : at + BLOCK_BYTES]
-            item.blocks.append(crc32(block))
-            payload.add(item.blocks[-1], len(block))
-        yield view
+def write_items(
+    storage: Storage, folder: str, rank: int, items: Sequence[WriteItem], planner: SavePlanner
+) -> tuple[ChunkTable, list[FileRecord]]:
+    """Write a rank's part of a save into `folder` and return what the manifest has to say of it; durable on return.
+
+    planner: resolves the items; the tensors it gives must stay unchanged until this returns. OSError: storage failed.
+    """
+    resolved = Resolved.of(items, planner)
+    layout = resolved.layout(items, rank, storage.max_file_bytes)
+    return write_shard(storage, folder, layout, resolved, resolved.objects, Regions())
 
 
-def _flush(file: _File, region: bytearray) -> memoryview:
-    file.crc32 = crc32(region, file.crc32)
-    return memoryview(region)
+def write_shard(
+    storage: Storage, folder: str, layout: ShardLayout, payloads: Payloads, objects: Sequence[bytes], regions: Regions
+) -> tuple[ChunkTable, list[FileRecord]]:
+    """The same for items whose places are known. objects: their items, in the order of `layout.object_rows`."""
+    placement, files = layout.place([len(data) for data in objects])
+    writing = _Writing(payloads, dict(zip(layout.object_rows, objects, strict=True)), regions, len(placement))
+
+    def write(file: ShardFile) -> FileRecord:
+        checksum = _Checksum()
+        storage.write_file(f"{folder}/{file.name}", file.size, writing.views(file, checksum))
+        return FileRecord(file.name, file.size, checksum.value)
+
+    if len(files) < 2:
+        records = list(map(write, files))
+    else:  # one upload session of GCS is sequential: only several files fill the line
+        with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="asyncckpt-files") as pool:
+            records = list(pool.map(write, files))
+    same_as, blocks = layout.same_as, {row: tuple(crcs) for row, crcs in writing.blocks.items()}
+    for twin in np.flatnonzero(same_as != np.arange(len(same_as))).tolist():
+        if (found := blocks.get(int(same_as[twin]))) is not None:
+            blocks[twin] = found
+    return ChunkTable(placement, writing.crc32[same_as], writing.item_crc32[same_as], blocks), records
+
+
+@dataclass(slots=True)
+class _Checksum:
+    """Of a file, as far as it was yielded."""
+
+    value: int = 0
+
+
+class _Writing:
+    """One rank's part of one save; each row is touched by the one thread that writes its file."""
+
+    def __init__(self, payloads: Payloads, objects: dict[int, bytes], regions: Regions, num_rows: int) -> None:
+        self._payloads = payloads
+        self._objects = objects
+        self._regions = regions
+        self.crc32: Checksums = np.zeros(num_rows, np.uint32)
+        self.item_crc32: Checksums = np.zeros(num_rows, np.uint32)
+        self.blocks: dict[int, list[int]] = {}
+
+    def views(self, file: ShardFile, checksum: _Checksum) -> Iterator[memoryview]:
+        """The bytes of a file in order; fills in the checksums of its items and its own on the way."""
+        position = 0
+        for run in file.runs:
+            if run.offset > position:
+                yield _counted(memoryview(bytes(run.offset - position)), checksum)
+            if run.is_large:
+                yield from self._large(run, checksum)
+            else:
+                yield from self._small(run, checksum)
+            position = run.offset + len(run.rows) * frame_of(run.layout).num_bytes
+        for row, _ in file.objects:
+            data = self._objects[row]
+            self.crc32[row] = self.item_crc32[row] = crc32(data)
+            yield _counted(memoryview(data), checksum)
+
+    def _large(self, run: Run, checksum: _Checksum) -> Iterator[memoryview]:
+        """An item whose payload goes out as it lies, each view checksummed block by block before it is yielded."""
+        (row,), frame, payload = run.rows, frame_of(run.layout), PayloadCrc()
+        blocks: list[int] = []
+        yield _counted(memoryview(frame.head), checksum)
+        for view in self._payloads.large(row):
+            for at in range(0, len(view), BLOCK_BYTES):
+                block = view[at : at + BLOCK_BYTES]
+                blocks.append(crc32(block))
+                payload.add(blocks[-1], len(block))
+            yield view
+        checksum.value = crc32_combine(checksum.value, payload.value, payload.num_bytes)
+        self.crc32[row], self.item_crc32[row] = payload.value, frame.item_crc32(payload.value)
+        if len(blocks) > 1:
+            self.blocks[row] = blocks
+        yield _counted(memoryview(frame.tail_with(payload.value)), checksum)
+
+    def _small(self, run: Run, checksum: _Checksum) -> Iterator[memoryview]:
+        """Items that are put together in a buffer, as many at a time as fit."""
+        frame = frame_of(run.layout)
+        at_once = max(1, REGION_BYTES // frame.num_bytes)
+        start, stop = len(frame.head), len(frame.head) + frame.payload_bytes
+        for first in range(0, len(run.rows), at_once):
+            rows = run.rows[first : first + at_once]
+            region = self._regions.take(len(rows) * frame.num_bytes)
+            payloads = self._payloads.small(rows)
+            for at, payload in zip(range(start, len(region), frame.num_bytes), payloads, strict=True):
+                region[at : at + frame.payload_bytes] = payload
+            crcs = np.fromiter(map(crc32, payloads), np.uint32, len(rows))
+            items = np.frombuffer(region, np.uint8).reshape(len(rows), frame.num_bytes)
+            items[:, :start] = np.frombuffer(frame.head, np.uint8)
+            items[:, stop:] = np.frombuffer(frame.tail, np.uint8)
+            for at in frame.crc_at:
+                items[:, stop + at : stop + at + 4] = crcs.astype("<u4").view(np.uint8).reshape(-1, 4)
+            self.crc32[rows], self.item_crc32[rows] = crcs, frame.item_crc32s(crcs)
+            yield _counted(region, checksum)
+
+
+def _counted(view: memoryview, checksum: _Checksum) -> memoryview:
+    checksum.value = crc32(view, checksum.value)
+    return view
