@@ -9,8 +9,9 @@ import errno
 import fcntl
 import mmap
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Self
@@ -24,6 +25,9 @@ ALIGNMENT = 4096  # of address, file offset and length; the largest that filesys
 BATCH_BYTES = 16 << 20
 BLOCK_BYTES = 4 << 20
 DIRECT_MIN_BYTES = 64 << 10  # a guess: below, a copy costs less than the bookkeeping of one more piece
+# One read and its checksums stay in a cache of 32 MiB. Measured there (2 cores, 512 MiB in the page cache, 2 to 4
+# threads): 4 MiB read and checksummed 0.13 s per GB, 1 MiB or slices of 256 KiB 0.14, 16 MiB without checksum 0.09.
+READ_BYTES = 4 << 20
 MAX_PIECES = 1024  # IOV_MAX of Linux
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 NO_DIRECT_IO = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -149,14 +153,60 @@ class FileWriter:
         self._free_blocks += blocks
 
 
-def read_ranges(descriptor: int, ranges: Sequence[tuple[int, memoryview]], num_threads: int) -> None:
-    """Fill each view from its offset; nothing writes into one after the return. EOFError if the file ends first."""
-    reads = list(_group_adjacent(ranges))
-    if len(reads) == 1:
-        _read_full(descriptor, *reads[0])
+def read_ranges(
+    descriptor: int,
+    ranges: Sequence[tuple[int, memoryview]],
+    num_threads: int,
+    filled: Callable[[int], None],
+    what: str,
+) -> None:
+    """Fill each view from its offset and then call `filled` with its index, on the thread that read its last bytes.
+
+    EOFError if the file ends first. When this returns or raises, no thread is left that writes into a view.
+    """
+    pieces = deque(_pieces(ranges))
+    num_left = Counter(index for _, _, indices in pieces for index in indices)
+    lock = threading.Lock()
+
+    def count_down(index: int) -> bool:
+        with lock:
+            num_left[index] -= 1
+            return not num_left[index]
+
+    def work() -> None:
+        while True:
+            try:
+                offset, views, indices = pieces.popleft()
+            except IndexError:
+                return
+            try:
+                _read_full(descriptor, offset, views, what)
+                for index in filter(count_down, indices):
+                    filled(index)
+            except BaseException:
+                pieces.clear()  # so that the other threads end, too
+                raise
+
+    for index, (_, view) in enumerate(ranges):
+        if not view:
+            filled(index)
+    if len(pieces) < 2:
+        work()
         return
-    with ThreadPoolExecutor(num_threads) as pool:
-        deque(pool.map(lambda read: _read_full(descriptor, *read), reads), maxlen=0)
+    num_threads = min(num_threads, len(pieces))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="asyncckpt-read") as pool:
+        workers = [pool.submit(work) for _ in range(num_threads)]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            pieces.clear()
+
+
+def advise_sequential(descriptor: int) -> None:
+    """Twice the readahead: with several threads on one file 0.75 s per GB from the disk of that machine, else 0.93."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def write_full(descriptor: int, views: list[memoryview], offset: int) -> None:
@@ -194,28 +244,33 @@ def _address(view: memoryview) -> int:
     return address
 
 
-def _group_adjacent(ranges: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
-    """(offset, views) of one preadv each: large views cut into slices, neighbours in the file joined up to a slice."""
+def _pieces(ranges: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview], list[int]]]:
+    """(offset, views, the index in `ranges` of each) of one preadv each: large views cut, neighbours in the file joined
+    up to READ_BYTES."""
     start = end = 0
-    group: list[memoryview] = []
-    for offset, view in ranges:
-        for at in range(0, len(view), BATCH_BYTES):
-            piece = view[at : at + BATCH_BYTES]
-            if offset + at != end or end + len(piece) - start > BATCH_BYTES or len(group) == MAX_PIECES:
-                if group:
-                    yield start, group
-                start, group = offset + at, []
-            group.append(piece)
+    views: list[memoryview] = []
+    indices: list[int] = []
+    for index, (offset, view) in enumerate(ranges):
+        for at in range(0, len(view), READ_BYTES):
+            piece = view[at : at + READ_BYTES]
+            if offset + at != end or end + len(piece) - start > READ_BYTES or len(views) == MAX_PIECES:
+                if views:
+                    yield start, views, indices
+                start, views, indices = offset + at, [], []
+            views.append(piece)
+            indices.append(index)
             end = offset + at + len(piece)
-    if group:
-        yield start, group
+    if views:
+        yield start, views, indices
 
 
-def _read_full(descriptor: int, offset: int, views: list[memoryview]) -> None:
+def _read_full(descriptor: int, offset: int, views: list[memoryview], what: str) -> None:
     while views:
-        count = os.preadv(descriptor, views, offset)
+        with named_errors(what):
+            count = os.preadv(descriptor, views, offset)
         if not count:
-            raise EOFError(f"the file ends at byte {os.fstat(descriptor).st_size}, byte {offset} was asked for")
+            size = os.fstat(descriptor).st_size
+            raise EOFError(f"{what}: the file ends at byte {size}, byte {offset} was asked for")
         offset += count
         views = _after(views, count)
 

@@ -13,7 +13,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from asyncckpt.local_file import NO_DIRECT_IO, O_DIRECT, FileWriter, named_errors, read_ranges, write_full
+from asyncckpt.local_file import (
+    NO_DIRECT_IO,
+    O_DIRECT,
+    FileWriter,
+    advise_sequential,
+    named_errors,
+    read_ranges,
+    write_full,
+)
 from asyncckpt.storage import TEMP_PREFIX, check_path, redact
 
 TEMP_GRACE_S = 3600.0  # a guess: nothing of ours keeps a temporary name that long
@@ -88,17 +96,14 @@ class LocalStorage:
     def read_into(
         self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
     ) -> None:
-        with named_errors(self._what("read", path)):
-            descriptor = os.open(self._absolute(path), os.O_RDONLY)
-            try:
-                read_ranges(descriptor, ranges, self._num_threads)
-            except EOFError as exc:
-                raise EOFError(f"{self._what('read', path)}: {exc}") from None
-            finally:
-                os.close(descriptor)
-        if filled is not None:
-            for index in range(len(ranges)):
-                filled(index)
+        target, what = self._absolute(path), self._what("read", path)
+        with named_errors(what):
+            descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            advise_sequential(descriptor)
+            read_ranges(descriptor, ranges, self._num_threads, filled or (lambda index: None), what)
+        finally:
+            os.close(descriptor)
 
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         files: dict[str, int] = {}
