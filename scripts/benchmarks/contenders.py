@@ -1,4 +1,4 @@
-"""The contenders of bench_run.py: how asyncckpt and its peers save one training run, and read it back.
+"""The contenders: how asyncckpt and its peers save one training run in a folder, and read it back.
 
 A saver is a function (folder, training) -> context manager of `save(number) -> Pending`; a restorer one of `restore()`.
 Each uses its library as its documentation says to, imports it when it starts, and measures nothing.
@@ -7,6 +7,7 @@ Each uses its library as its documentation says to, imports it when it starts, a
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,22 +22,32 @@ from torch import nn
 from torch.distributed.checkpoint import staging
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from asyncckpt import CheckpointManager, TrainState
+from asyncckpt import CheckpointManager, Committed, Event, Failed, TrainState
 from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager
+
+from .frame import OURS, PEER
 
 
 class Training:
-    """A model and its optimizer: `num_tensors` tensors of equal size, half parameters and half momentum."""
+    """A model and its optimizer: `num_tensors` tensors of equal size, parameters and what the optimizer keeps of each.
 
-    def __init__(self, num_bytes: int, num_tensors: int = 100) -> None:
-        width = round((num_bytes / num_tensors / 4) ** 0.5)
+    adamw: AdamW, which keeps two (and a step count), in place of SGD with momentum, which keeps one.
+    """
+
+    def __init__(self, num_bytes: int, num_tensors: int = 100, *, adamw: bool = False) -> None:
+        num_parameters = num_tensors // (3 if adamw else 2)
+        width = max(1, round((num_bytes / num_tensors / 4) ** 0.5))
         torch.manual_seed(0)
-        self.model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(num_tensors // 2)))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-9, momentum=0.9)
+        self.model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(num_parameters)))
+        parameters = self.model.parameters()
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(parameters, lr=1e-9) if adamw else torch.optim.SGD(parameters, lr=1e-9, momentum=0.9)
+        )
         self._batch = torch.randn(16, width)
         self.forward_backward()
         self.optimizer.step()
-        self.tensors = [*self.model.parameters(), *(s["momentum_buffer"] for s in self.optimizer.state.values())]
+        kept = [value for state in self.optimizer.state.values() for value in state.values() if value.ndim]
+        self.tensors = [*self.model.parameters(), *kept]
         self.num_bytes = sum(tensor.nbytes for tensor in self.tensors)
 
     def forward_backward(self) -> None:
@@ -53,10 +64,12 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Pending:
-    """A save after its call. join: waits until it is durable. before_update: until parameters may change."""
+    """A save after its call. join: waits until it is over, and raises what failed. before_update: until parameters may
+    change. is_over: without waiting."""
 
     join: Callable[[], Any] = _nothing
     before_update: Callable[[], Any] = _nothing
+    is_over: Callable[[], bool] = lambda: True
 
 
 Save = Callable[[int], Pending]
@@ -67,31 +80,68 @@ Restorer = Callable[[Path, Training], AbstractContextManager[Callable[[], Any]]]
 # -- ours
 
 
+def train_state(training: Training) -> Any:
+    return TrainState(model=training.model, optimizer=training.optimizer)
+
+
+def plain_dict(training: Training) -> Any:
+    """What peers save, too; the manager asks both for their state_dict()."""
+    return {"model": training.model, "optimizer": training.optimizer}
+
+
+class Ours:
+    """A manager whose saves are `Pending`s. Close it by its context manager."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._is_over = threading.Event()
+        self.manager = CheckpointManager(url, chkpt_on_preemption=False, events=[self._hear], **options)
+
+    def save_async(self, step: int, state: Any) -> Pending:
+        self._is_over.clear()
+        self.manager.save_async(step, state)
+        return Pending(self.manager.join, self.manager.wait_staged, self._is_over.is_set)
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, (Committed, Failed)):
+            self._is_over.set()
+
+    def __enter__(self) -> Ours:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.manager.close()
+
+
+MakeState = Callable[[Training], Any]
+
+
 @contextmanager
-def asyncckpt_saver(folder: Path, training: Training, *, stager: Callable[[], AsyncStager]) -> Iterator[Save]:
-    state = TrainState(model=training.model, optimizer=training.optimizer)
-    with CheckpointManager(str(folder), stager=stager(), chkpt_on_preemption=False) as manager:
+def asyncckpt_async(
+    folder: Path, training: Training, *, stager: Callable[[], AsyncStager], make_state: MakeState
+) -> Iterator[Save]:
+    state = make_state(training)
+    with Ours(str(folder), stager=stager()) as ours:
+        yield lambda number: ours.save_async(number, state)
+
+
+@contextmanager
+def asyncckpt_sync(folder: Path, training: Training) -> Iterator[Save]:
+    state = plain_dict(training)
+    with Ours(str(folder)) as ours:
 
         def save(number: int) -> Pending:
-            manager.save_async(number, state)
-            return Pending(manager.join, manager.wait_staged)  # step() waits by itself; here it is to be timed
+            ours.manager.save(number, state)
+            return Pending()
 
         yield save
 
 
 @contextmanager
-def asyncckpt_restorer(folder: Path, training: Training) -> Iterator[Callable[[], Any]]:
-    state = TrainState(model=training.model, optimizer=training.optimizer)
-    with CheckpointManager(str(folder), chkpt_on_preemption=False) as manager:
-        manager.save(0, state)
-        yield lambda: manager.restore(0, state)
-
-
-@contextmanager
-def asyncckpt_dict_restorer(folder: Path, training: Training) -> Iterator[Callable[[], Any]]:
-    with CheckpointManager(str(folder), chkpt_on_preemption=False) as manager:
-        manager.save(0, training.state_dict())
-        yield lambda: manager.restore(0, training.state_dict())
+def asyncckpt_restorer(folder: Path, training: Training, *, make_state: MakeState) -> Iterator[Callable[[], Any]]:
+    state = make_state(training)
+    with Ours(str(folder)) as ours:
+        ours.manager.save(0, state)
+        yield lambda: ours.manager.restore(0, state)
 
 
 # -- torch
@@ -128,8 +178,9 @@ def dcp_async_save(folder: Path, training: Training, *, make_stager: Callable[[]
     def save(number: int) -> Pending:
         saving = dcp.async_save(training.state_dict(), checkpoint_id=folder / str(number), async_stager=stager)
         if isinstance(saving, AsyncSaveResponse):  # its stager gave a future
-            return Pending(saving.upload_completion.result, saving.staging_completion.result)
-        return Pending(saving.result)
+            upload, staged = saving.upload_completion, saving.staging_completion
+            return Pending(upload.result, staged.result, upload.done)
+        return Pending(saving.result, is_over=saving.done)
 
     yield save
     if stager is not None:
@@ -178,7 +229,7 @@ def lightning_async_io(folder: Path, training: Training) -> Iterator[Save]:
     def save(number: int) -> Pending:
         is_over.clear()
         plugin.save_checkpoint(training.state_dict(), folder / str(number))
-        return Pending(is_over.wait)
+        return Pending(is_over.wait, is_over=is_over.is_set)
 
     yield save
     plugin.teardown()
@@ -206,7 +257,7 @@ def torch_checkpointing_save(folder: Path, training: Training) -> Iterator[Save]
 
     def save(number: int) -> Pending:
         saving = manager.save(str(folder / str(number)), training.state_dict())
-        return Pending(saving.result, staged)
+        return Pending(saving.result, staged, saving.done)
 
     folder.mkdir()
     yield save
@@ -220,7 +271,7 @@ def torchsnapshot_async_take(folder: Path, training: Training) -> Iterator[Save]
     def save(number: int) -> Pending:
         app = {"model": training.model, "optimizer": training.optimizer}
         snapshot = Snapshot.async_take(str(folder / str(number)), app)
-        return Pending(snapshot.wait)
+        return Pending(snapshot.wait, is_over=snapshot.done)
 
     yield save
 
@@ -234,36 +285,62 @@ def _torch_stager(*, in_thread: bool) -> staging.DefaultStager:
     )
 
 
-OURS, PEER = "ours", "peer"
+BLOCKING, BLOCKING_TRAIN_STATE, OVERLAPPING = (
+    "save_async, BlockingAsyncStager",
+    "save_async, BlockingAsyncStager, TrainState",
+    "save_async, OverlappingAsyncStager",
+)
+SAVE = "save"
+DCP_SAVE, DCP_LOAD = "dcp.save", "dcp.load"
+NO_FSYNC = "no fsync"
 
-SAVERS: dict[str, tuple[str, Saver]] = {
-    "`CheckpointManager`": (OURS, partial(asyncckpt_saver, stager=BlockingAsyncStager)),
-    "`CheckpointManager`, `OverlappingAsyncStager`": (OURS, partial(asyncckpt_saver, stager=OverlappingAsyncStager)),
-    "`torch.save`, fsync": (PEER, torch_save),
-    "`dcp.save`": (PEER, dcp_save),
-    "`dcp.save`, 2 threads": (PEER, partial(dcp_save, num_threads=2)),
-    "`dcp.async_save`": (PEER, dcp_async_save),
-    "`dcp.async_save`, `BlockingAsyncStager` kept": (
+ASYNC_SAVERS: dict[str, tuple[str, Saver]] = {
+    BLOCKING: (OURS, partial(asyncckpt_async, stager=BlockingAsyncStager, make_state=plain_dict)),
+    BLOCKING_TRAIN_STATE: (OURS, partial(asyncckpt_async, stager=BlockingAsyncStager, make_state=train_state)),
+    OVERLAPPING: (OURS, partial(asyncckpt_async, stager=OverlappingAsyncStager, make_state=train_state)),
+    "dcp.async_save": (PEER, dcp_async_save),
+    "dcp.async_save, BlockingAsyncStager kept": (
         PEER,
         partial(dcp_async_save, make_stager=partial(staging.BlockingAsyncStager, cache_staged_state_dict=True)),
     ),
-    "`dcp.async_save`, `DefaultStager` kept": (
+    "dcp.async_save, DefaultStager kept": (
         PEER,
         partial(dcp_async_save, make_stager=partial(_torch_stager, in_thread=False)),
     ),
-    "`dcp.async_save`, `DefaultStager` in a thread": (
+    "dcp.async_save, DefaultStager in a thread": (
         PEER,
         partial(dcp_async_save, make_stager=partial(_torch_stager, in_thread=True)),
     ),
-    "Lightning `AsyncCheckpointIO`, no fsync": (PEER, lightning_async_io),
-    "torch_checkpointing, no fsync": (PEER, torch_checkpointing_save),
-    "torchsnapshot `async_take`, no fsync": (PEER, torchsnapshot_async_take),
+    f"Lightning AsyncCheckpointIO, {NO_FSYNC}": (PEER, lightning_async_io),
+    f"torch_checkpointing, {NO_FSYNC}": (PEER, torch_checkpointing_save),
+    f"torchsnapshot async_take, {NO_FSYNC}": (PEER, torchsnapshot_async_take),
+}
+"""Peers named "no fsync" let a save count as done while its bytes are still in the page cache."""
+
+SAVERS: dict[str, tuple[str, Saver]] = {
+    SAVE: (OURS, asyncckpt_sync),
+    BLOCKING: ASYNC_SAVERS[BLOCKING],
+    "torch.save, fsync": (PEER, torch_save),
+    DCP_SAVE: (PEER, dcp_save),
+    "dcp.save, 2 threads": (PEER, partial(dcp_save, num_threads=2)),
+    **{name: saver for name, saver in ASYNC_SAVERS.items() if NO_FSYNC in name},
 }
 
 RESTORERS: dict[str, tuple[str, Restorer]] = {
-    "`CheckpointManager.restore`, TrainState": (OURS, asyncckpt_restorer),
-    "`CheckpointManager.restore`, dict": (OURS, asyncckpt_dict_restorer),
-    "`torch.load`": (PEER, partial(torch_load, mmap=False)),
-    "`torch.load`, mmap": (PEER, partial(torch_load, mmap=True)),
-    "`dcp.load`": (PEER, dcp_load),
+    "restore": (OURS, partial(asyncckpt_restorer, make_state=plain_dict)),
+    "restore, TrainState": (OURS, partial(asyncckpt_restorer, make_state=train_state)),
+    "torch.load": (PEER, partial(torch_load, mmap=False)),
+    "torch.load, mmap": (PEER, partial(torch_load, mmap=True)),
+    DCP_LOAD: (PEER, dcp_load),
 }
+
+
+def finish(pending: Pending, written: Path) -> None:
+    """Raise what failed, and delete what was written."""
+    pending.join()
+    if not written.exists():
+        raise FileNotFoundError(f"nothing was saved in {written}")
+    if written.is_dir():
+        shutil.rmtree(written)
+    else:
+        written.unlink()

@@ -1,0 +1,86 @@
+"""The command line of `scripts/bench`; see `scripts/bench --help`, which is this text.
+
+    scripts/bench                           every suite, small, in about two minutes
+    scripts/bench --full                    every suite, at the sizes the goals speak of
+    scripts/bench stall save --full         some of them
+    scripts/bench --readme run.json         no measuring: README.md's section from what --json wrote
+
+Suites: stall, save and restore (a folder), object (S3), tensors (very many), steps (very many), memory, interference.
+Every contender takes its turn in each round; ratios are taken within a round. Peers that do not run are named with
+their error; `pip install '.[bench]'` brings those that torch does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from . import report
+from .frame import FAILURES, FULL, QUICK, SCALES, TINY, Bench, Outcome, not_measured, reason, say
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = ("stall", "save", "restore", "object", "tensors", "steps", "memory", "interference")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all if none is given")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_const", const=FULL, dest="scale", help="the sizes of the goals; an hour")
+    size.add_argument("--tiny", action="store_const", const=TINY, dest="scale", help="only whether it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write medians and ranges there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures there")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite README.md's section from this JSON")
+    parser.add_argument(
+        "--dir", type=Path, default=ROOT / ".bench", help="on the disk to be measured; .bench by default"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.suites) - set(SUITES):
+        parser.error(f"no such suite: {', '.join(sorted(unknown))}")
+    if arguments.readme:
+        readme = ROOT / "README.md"
+        readme.write_text(report.into_readme(readme.read_text(), json.loads(arguments.readme.read_text())))
+        return
+    run = measure(arguments.suites or list(SUITES), (arguments.scale or QUICK).name, arguments.dir)
+    print(report.text(run))
+    if arguments.json:
+        arguments.json.write_text(report.to_json(run))
+    if arguments.plot:
+        from .plot import draw
+
+        draw(run, arguments.plot)
+
+
+def measure(suites: list[str], scale_name: str, folder: Path) -> dict:
+    """The run's document; see report.py. A suite that fails is a row that says why."""
+    warnings.simplefilter("ignore")  # peers' deprecations, and DCP's on running without ranks
+    folder.mkdir(parents=True, exist_ok=True)
+    scale, where = SCALES[scale_name], report.machine(folder)
+    say(where)
+    if scale is not FULL:
+        say(f"{scale.name}: {scale.num_bytes / 2**20:.0f} MiB of state, smaller than the goals speak of; see --full")
+    outcomes: dict[str, Outcome] = {}
+    for suite in suites:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder) as inner:
+            try:
+                outcomes[suite] = importlib.import_module(f".{suite}", __package__).run(Bench(scale, Path(inner)))
+            except FAILURES as exc:
+                if scale is TINY:
+                    raise
+                outcomes[suite] = Outcome([not_measured(suite, f"the suite {suite}", "", None, reason(exc))])
+        say(f"{suite}: {time.perf_counter() - started:.0f} s")
+    return report.document(where, shlex.join(["scripts/bench", *sys.argv[1:]]), scale, outcomes)
+
+
+if __name__ == "__main__":
+    main()

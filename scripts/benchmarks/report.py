@@ -1,0 +1,183 @@
+"""What a run says: tables for the terminal, a small JSON of medians, and README's section made from that JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .frame import LIMIT, OURS, PEER, Outcome, Rounds, Row, Scale, Spread
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+UNITS = {"us": "us per tensor", "wait": "ms"}
+"""Of measures that are not in seconds."""
+README_TABLES = ("stall", "save", "restore")
+"""Suites whose contenders stand in README, below the goals."""
+
+
+def machine(folder: Path) -> str:
+    """One line that says where the figures come from."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    ram_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    disk = subprocess.run(["df", "--output=fstype", folder], capture_output=True, text=True).stdout.split()[-1]
+    return (
+        f"{cpu[1].strip() if cpu else 'unknown CPU'}, {os.cpu_count()} cores, {ram_gib:.0f} GiB RAM, {disk}, "
+        f"torch {torch.__version__}, Linux {os.uname().release}, load {os.getloadavg()[0]:.1f} at the start"
+    )
+
+
+# -- the run's document: what --json writes, and all that the tables below are made of
+
+
+def document(where: str, command: str, scale: Scale, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {
+        "machine": where,
+        "command": command,
+        "scale": asdict(scale),
+        "rows": [_row(row) for outcome in outcomes.values() for row in outcome.rows],
+        "tables": [
+            {"suite": suite, "title": title, "measure": measure, "contenders": _contenders(rounds, measure)}
+            for suite, outcome in outcomes.items()
+            for title, (rounds, measure) in outcome.tables.items()
+        ],
+        "curves": [asdict(curve) for outcome in outcomes.values() for curve in outcome.curves],
+        "errors": {name: why for outcome in outcomes.values() for name, why in outcome.errors.items()},
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    figure = row.figure and _rounded(row.figure)
+    goal = None if row.goal is None else float(f"{row.goal:.4g}")
+    return asdict(row) | {"figure": figure, "goal": goal, "is_met": row.is_met}
+
+
+def _contenders(rounds: Rounds, measure: str) -> list[dict[str, Any]]:
+    limit, peer = rounds.best(LIMIT, measure), rounds.best(PEER, measure)
+    found = []
+    for name in (name for kind in (LIMIT, OURS, PEER) for name in rounds.kinds if rounds.kinds[name] == kind):
+        if name not in rounds:
+            continue
+        over_limit, over_peer = rounds.ratio(name, limit, measure), rounds.ratio(name, peer, measure)
+        found.append(
+            {
+                "name": name,
+                "kind": rounds.kinds[name],
+                "figure": _rounded(rounds.spread(name, measure)),
+                "over_limit": over_limit and _rounded(over_limit),
+                "over_peer": over_peer and _rounded(over_peer),
+            }
+        )
+    return found
+
+
+def _rounded(spread: Spread) -> list[float]:
+    return [float(f"{value:.4g}") for value in (spread.median, spread.low, spread.high)]
+
+
+def to_json(run: Mapping[str, Any]) -> str:
+    """One line per row: small, and a diff of two runs can be read."""
+    lines = []
+    for name, value in run.items():
+        if isinstance(value, list):
+            items = ",\n  ".join(json.dumps(item) for item in value)
+            lines.append(f" {json.dumps(name)}: [\n  {items}\n ]")
+        else:
+            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+# -- tables
+
+
+def text(run: Mapping[str, Any]) -> str:
+    """All of a run, for a terminal."""
+    parts = []
+    for suite in dict.fromkeys(row["suite"] for row in run["rows"]):
+        parts += [_contender_table(table) for table in run["tables"] if table["suite"] == suite]
+    parts.append(goals_table(run["rows"], is_wide=True))
+    parts += [f"did not run: {name}: {why}" for name, why in run["errors"].items()]
+    return "\n\n".join(parts)
+
+
+def goals_table(rows: Iterable[Mapping[str, Any]], *, is_wide: bool) -> str:
+    """is_wide: for a terminal, with notes; README's has fewer columns."""
+    table = [["", "measured", "goal", "met", "ours", "limit", "best peer", *(["note"] if is_wide else [])]]
+    for row in rows:
+        met = {None: "", True: "yes", False: "**no**"}[row["is_met"]]
+        figure = f"{_spread(row['figure'])} {row['unit']}" if row["figure"] else "not measured"
+        goal = (
+            ""
+            if row["goal"] is None
+            else f"{row['bound']} {row['goal']:.3g} {row['unit']}".replace("<=", "≤").replace(">=", "≥")
+        )
+        cells = [
+            row["name"],
+            figure.replace(" x", "x"),
+            goal.replace(" x", "x"),
+            met,
+            row["ours"],
+            row["limit"],
+            row["peer"],
+        ]
+        if is_wide:
+            cells.append(row["note"])
+        elif not row["figure"]:
+            cells[4] = row["note"]
+        table.append(cells)
+    return _markdown(table)
+
+
+def _contender_table(table: Mapping[str, Any]) -> str:
+    rows = [[table["title"], UNITS.get(table["measure"], "s"), "÷ limit", "÷ best peer"]]
+    for one in table["contenders"]:
+        name = f"**{one['name']}**" if one["kind"] == OURS else one["name"]
+        ratios = [_spread(one[over]) if one[over] else "" for over in ("over_limit", "over_peer")]
+        rows.append([name, _spread(one["figure"]), *ratios])
+    return f"{table['suite']}:\n" + _markdown(rows)
+
+
+def _spread(figure: Sequence[float]) -> str:
+    median, low, high = (f"{value:.3g}" for value in figure)
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * max(3, width) for width in widths])
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() + " |" for row in rows
+    )
+
+
+# -- README
+
+
+def readme_section(run: Mapping[str, Any]) -> str:
+    """What stands between the two markers."""
+    suites = [suite for suite in README_TABLES if any(table["suite"] == suite for table in run["tables"])]
+    parts = [
+        f"Made by `{run['command']}` on {run['machine']}. Medians, and (least to most), of {run['scale']['rounds']} "
+        'rounds in which every contender takes its turn; a ratio is taken within each round. Peers named "no fsync" '
+        "return before their bytes are on the disk.",
+        goals_table(run["rows"], is_wide=False),
+        *(_contender_table(table).partition("\n")[2] for table in run["tables"] if table["suite"] in suites),
+    ]
+    if run["errors"]:
+        parts.append("Did not run: " + "; ".join(f"{name} ({why})" for name, why in run["errors"].items()) + ".")
+    return "\n\n".join(parts)
+
+
+def into_readme(readme: str, run: Mapping[str, Any]) -> str:
+    """The README with its section made anew. ValueError without the markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no section between {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{readme_section(run)}\n{END}{after}"
