@@ -27,10 +27,11 @@ commit: it is created, never overwritten, after all it names is durable. A reade
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain, starmap
@@ -183,7 +184,7 @@ class Placement:
     offset: Numbers
     length: Numbers
     parts: tuple[Placement, ...] = ()
-    _texts: dict[str, tuple[Any, Any, bytes]] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[str, tuple[Keys | None, tuple[str, ...], bytes]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Placement:
@@ -224,18 +225,23 @@ class Placement:
         blocks = -(-self.payload_bytes // BLOCK_BYTES)
         return np.where((self.layout < 0) | (blocks < 2), 0, blocks)
 
-    def text(self, keys: Keys, files: tuple[str, ...]) -> bytes:
-        """The members "chunks", "boxes" and "layouts"; key and file: as indices into keys and files."""
-        known = self._texts.get("manifest")
+    def kept(self, what: str, keys: Keys | None, files: tuple[str, ...], make: Callable[[], bytes]) -> bytes:
+        """What `make` gives, kept on this object until it is asked for with other keys or files."""
+        known = self._kept.get(what)
         if known is None or known[0] is not keys or known[1] != files:
-            known = self._texts["manifest"] = keys, files, self._text(keys, files)
+            known = self._kept[what] = keys, files, make()
         return known[2]
 
-    def _text(self, keys: Keys, files: tuple[str, ...]) -> bytes:
+    def text(self, fqns: tuple[str, ...], files: tuple[str, ...]) -> bytes:
+        """The members "chunks", "boxes" and "layouts"; key and file: as indices into fqns and files."""
         boxes: dict[tuple[int, ...], int] = {}
         number_of_file = {name: number for number, name in enumerate(files)}
+        key = self.key
+        if self.fqns != fqns:
+            number_of = {fqn: number for number, fqn in enumerate(fqns)}
+            key = _array(number_of[fqn] for fqn in self.fqns)[key]
         columns: Columns = {
-            "key": _array(keys.number[fqn] for fqn in self.fqns)[self.key],
+            "key": key,
             "box": [-1 if offsets is None else boxes.setdefault(offsets, len(boxes)) for offsets in self.offsets],
             "layout": self.layout,
             "file": _array(number_of_file[name] for name in self.files)[self.file],
@@ -288,6 +294,18 @@ class ChunkTable(Sequence[Chunk]):
             int(place.offset[number]), int(place.length[number]),
             int(self.crc32[number]), int(self.item_crc32[number]), self.blocks.get(number, ()),
         )  # fmt: skip
+
+    def __iter__(self) -> Iterator[Chunk]:
+        place, blocks = self.placement, self.blocks
+        layouts: list[tuple[Layout | None, int]] = [*place.layouts, (None, 0)]
+        columns = (place.key, place.layout, place.file, place.offset, place.length, self.crc32, self.item_crc32)
+        rows = zip(place.offsets, *(column.tolist() for column in columns), strict=True)
+        for number, (offsets, key, layout, file, offset, length, crc, item_crc) in enumerate(rows):
+            frame, head_bytes = layouts[layout]
+            yield Chunk(
+                place.fqns[key], offsets, frame, head_bytes, place.files[file], offset, length, crc, item_crc,
+                blocks.get(number, ()),
+            )  # fmt: skip
 
     @property
     def text(self) -> bytes:
@@ -378,16 +396,21 @@ def _merged(parts: tuple[Placement, ...]) -> Placement:
 def encode_manifest(manifest: Manifest) -> bytes:
     """With keys and a placement that were encoded before, what does not change is taken from there."""
     keys = Keys.of(manifest.keys)
+    names = tuple(file.name for file in manifest.files)
+    placement = manifest.chunks.placement
     members = [
         b'"head":' + _dumps({"format": FORMAT, "version": VERSION, **asdict(manifest.head)}),
         keys.text,
-        manifest.chunks.placement.text(keys, tuple(file.name for file in manifest.files)),
+        placement.kept("manifest", keys, names, lambda: placement.text(keys.fqns, names)),
         manifest.chunks.text,
         b'"files":{%b}' % _members(_file_columns(manifest.files)),
         b'"dcp_metadata":' + _dumps({"size": manifest.dcp_metadata_size, "crc32": manifest.dcp_metadata_crc32}),
     ]
-    body = b"{" + b",".join(members)
-    return body + b',"crc32":"%08x"}' % crc32(body)
+    body = [b"{", members[0]]
+    for member in members[1:]:
+        body += b",", member
+    checksum = functools.reduce(lambda value, piece: crc32(piece, value), body, 0)
+    return b"".join([*body, b',"crc32":"%08x"}' % checksum])
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -421,12 +444,12 @@ def encode_records(chunks: ChunkTable, files: Sequence[FileRecord]) -> bytes:
     line of this save."""
     placement = chunks.placement
     names = tuple(file.name for file in files)
-    known = placement._texts.get("records")
-    if known is None or known[1] != names:
-        fqns = Keys.of({fqn: Key((fqn,), None, None) for fqn in placement.fqns})
-        text = b'{"fqn":%b,%b}' % (_column(placement.fqns), placement._text(fqns, names))
-        known = placement._texts["records"] = None, names, text
-    return b'%b\n{%b,"files":{%b}}' % (known[2], chunks.text, _members(_file_columns(files)))
+    fixed = placement.kept("records", None, names, lambda: _fixed_line(placement, names))
+    return b'%b\n{%b,"files":{%b}}' % (fixed, chunks.text, _members(_file_columns(files)))
+
+
+def _fixed_line(placement: Placement, files: tuple[str, ...]) -> bytes:
+    return b'{"fqn":%b,%b}' % (_column(placement.fqns), placement.text(placement.fqns, files))
 
 
 def decode_records(data: bytes, before: Placement | None = None) -> tuple[ChunkTable, list[FileRecord]]:
@@ -435,13 +458,12 @@ def decode_records(data: bytes, before: Placement | None = None) -> tuple[ChunkT
     document = json.loads(line)
     files = _decode_files(document["files"])
     names = tuple(file.name for file in files)
-    if before is not None and before._texts.get("records") == (None, names, fixed):
-        placement = before
-        _check_places(placement, files)
-    else:
-        parsed = json.loads(fixed)
-        placement = _decode_placement(parsed, tuple(parsed["fqn"]), files)
-        placement._texts["records"] = None, names, fixed
+    if before is not None and before._kept.get("records") == (None, names, fixed):
+        _check_places(before, files)
+        return _decode_chunks(document, before), files
+    parsed = json.loads(fixed)
+    placement = _decode_placement(parsed, tuple(parsed["fqn"]), files)
+    placement.kept("records", None, names, lambda: fixed)
     return _decode_chunks(document, placement), files
 
 
@@ -455,9 +477,13 @@ def _file_columns(files: Sequence[FileRecord]) -> Columns:
 
 def _cuts(fqn: str, path: Path) -> tuple[Any, ...]:
     """A path as a row of "paths"."""
-    if ".".join(map(str, path)) != fqn or not all(type(part) in (str, int) for part in path):
-        return (path,)
-    return tuple(len(part) if isinstance(part, str) else -len(str(part)) for part in path)
+    parts: Any = path
+    try:
+        cuts, joined = tuple(map(len, parts)), ".".join(parts)
+    except TypeError:  # an int, which is a place in a list
+        cuts = tuple(len(part) if isinstance(part, str) else -len(str(part)) for part in path)
+        joined = ".".join(map(str, path))
+    return cuts if joined == fqn else (path,)
 
 
 @dataclass(frozen=True, slots=True)
