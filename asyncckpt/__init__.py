@@ -12,8 +12,8 @@ General layout, in the order in which a save passes through it (each module impo
     steps, index                      what a listing says; which steps there are
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
     per_rank                          values that each rank keeps for itself
-    objects, plan                     what may be saved, and who writes what
-    shard_layout, shard, read         items to bytes, and back
+    shard_layout, objects, plan       where items lie in files; what may be saved, and who writes what
+    shard, read                       items to bytes, and back
     restore, save, verify             one step; `save` is the writer thread's half of a manager
     prime, named_state                an optimizer's state: made before the first step; under its parameters' names
     rng, loader                       random streams, the place in the data

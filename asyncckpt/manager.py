@@ -31,7 +31,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import log_events
 from asyncckpt.index import RunIndex
-from asyncckpt.plan import SavePlanning, check_savable
+from asyncckpt.plan import SavePlanning
 from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
 from asyncckpt.preemption import SigtermHandler
 from asyncckpt.ranks import Ranks
@@ -123,7 +123,7 @@ class CheckpointManager:
             self._uninstall_sigterm()
             raise
         self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout))
-        self._planning = SavePlanning(self._ranks, save_planner)
+        self._planning = SavePlanning(self._ranks, save_planner, self._safe_globals)
         self._writer = BackgroundWriter(max_pending_async)
         self._max_pending = max_pending_async
         self._last_step: int | None = None
@@ -196,7 +196,7 @@ class CheckpointManager:
         Raises what an earlier save failed with, once (SaveError); UnsafeObjectError, StagingError and ValueError for a
         state that cannot be saved: nothing was written.
         """
-        return self._save(step, state_dict, force, metrics, metadata)
+        return self._save(step, state_dict, force, metrics, metadata, borrow=False) is not None
 
     def save(
         self,
@@ -207,11 +207,17 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> bool:
-        """`save_async`, and wait until the step is committed."""
-        taken = self._save(step, state_dict, force, metrics, metadata)
-        if taken:
-            self.join()
-        return taken
+        """`save_async`, and wait until the step is committed; the copy is made while it is written."""
+        snapshot = self._save(step, state_dict, force, metrics, metadata, borrow=True)
+        if snapshot is None:
+            return False
+        try:
+            self._writer.drain()
+        except BaseException:  # Ctrl-C: the save goes on, and the caller with the state
+            snapshot.wait()
+            raise
+        self._writer.raise_failures()
+        return True
 
     def _save(
         self,
@@ -220,7 +226,10 @@ class CheckpointManager:
         force: bool,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, Any] | None,
-    ) -> bool:
+        *,
+        borrow: bool,
+    ) -> StagedSnapshot | None:
+        """The snapshot of a save that was taken, which is the writer's. borrow: the caller waits for the writer."""
         started = time.perf_counter()
         self._check_open()
         if self._ranks.world_size == 1:
@@ -229,13 +238,13 @@ class CheckpointManager:
             state.step = step + 1
         due = self.should_save(step)
         if not due and not force:
-            return False
+            return None
         if self._on_busy == "skip" and not force and not self._is_requested and self._is_any_busy(step):
             self._emit_now(events.Skipped, step, reason="an earlier save is still being written")
-            return False
+            return None
         wait_s = self._writer.acquire()
         try:
-            job = self._stage(step, state, started, metrics, metadata)
+            job = self._stage(step, state, started, metrics, metadata, borrow)
         except BaseException:
             self._writer.release()
             raise
@@ -248,7 +257,7 @@ class CheckpointManager:
         self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
         if self._is_preempted and self._preempted_at is None:
             self._preempted_at = step
-        return True
+        return job.snapshot
 
     def _is_any_busy(self, step: int) -> bool:
         busy = self._ranks.agree([step, self._writer.is_full], phase="busy")
@@ -261,6 +270,7 @@ class CheckpointManager:
         started: float,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, Any] | None,
+        borrow: bool,
     ) -> SaveJob:
         """Copy the state, agree with the other ranks that all have, and plan. A collective call."""
         snapshot, failure = None, None
@@ -268,7 +278,7 @@ class CheckpointManager:
         if status == _STAGED:
             try:
                 facts = json_metadata(metadata), finite_metrics(metrics)
-                snapshot = self._snapshot(step, state)
+                snapshot = self._snapshot(step, state, borrow)
             except Exception as exc:
                 status, failure = _FAILED, self._located(exc, step)
         try:
@@ -286,9 +296,9 @@ class CheckpointManager:
                 snapshot.release()
             raise
         _, _, _, sequence, token = rows[0]
-        return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started)
+        return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started, 0.0, borrow)
 
-    def _snapshot(self, step: int, state: State) -> StagedSnapshot:
+    def _snapshot(self, step: int, state: State, borrow: bool) -> StagedSnapshot:
         if self._index.is_foreign(step):
             raise SaveError(
                 f"step {step} at {self.url} holds a checkpoint of another writer (stock DCP or torch_xla), which "
@@ -297,11 +307,20 @@ class CheckpointManager:
             )  # fmt: skip
         self._check_writable(step)
         view = for_save(state, self._ranks.rank)
-        check_savable(view, self._safe_globals)
         if isinstance(state, TrainState) and isinstance(self._stager, OverlappingAsyncStager):
             for optimizer in state.optimizers:
                 self._stager.watch(optimizer)
-        return self._stager.snapshot(view)
+        try:
+            snapshot = self._stager.borrow(view) if borrow else self._stager.snapshot(view)
+        except StagingError:
+            self._planning.check(view, None)  # may say better what is wrong with it
+            raise
+        try:
+            self._planning.check(view, snapshot.structure)
+        except BaseException:
+            snapshot.release()
+            raise
+        return snapshot
 
     def _raise_disagreement(self, step: int, rows: list[list[int]], failure: Exception | None) -> None:
         """Raise on every rank if one of them cannot go on, so that all leave this call alike."""

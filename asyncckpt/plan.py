@@ -8,19 +8,25 @@ manager.py; writing is shard.py's job, reading restore.py's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from asyncckpt.errors import SaveError
+from asyncckpt.framing import encode_object
+from asyncckpt.manifest import Keys, keys_of
 from asyncckpt.objects import check_object
 from asyncckpt.ranks import Ranks
+from asyncckpt.shard_layout import ShardLayout
 from stagers import StateDict
+
+Path: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,11 @@ def leaves(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:
     """{fqn: leaf} by the rules of DCP's `flatten_state_dict`, but keeping each leaf's own container and key: DCP turns
     keys into str on the way, so that a value under an int key would be restored to a new key. ValueError: two leaves
     have one fqn."""
-    found: dict[str, Leaf] = {}
+    return {fqn: leaf for fqn, (_, leaf) in _named(state_dict).items()}
+
+
+def _named(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Leaf]]:
+    found: dict[str, tuple[Path, Leaf]] = {}
     for path, leaf in _walk((), state_dict):
         fqn = ".".join(map(str, path))
         if fqn in found:
@@ -44,11 +54,11 @@ def leaves(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:
                 f"two values of the state dict flatten to the key {fqn!r}: checkpoint keys join the path with dots. "
                 "Nothing was written. Rename one of the two."
             )
-        found[fqn] = leaf
+        found[fqn] = path, leaf
     return found
 
 
-def _walk(path: tuple[Any, ...], container: Any) -> Iterator[tuple[tuple[Any, ...], Leaf]]:
+def _walk(path: Path, container: Any) -> Iterator[tuple[Path, Leaf]]:
     entries = container.items() if isinstance(container, Mapping) else enumerate(container)
     for key, value in entries:
         if isinstance(value, Mapping) or (isinstance(value, list) and _is_split(value)):
@@ -64,40 +74,95 @@ def _is_split(values: list[Any]) -> bool:
     )
 
 
-def check_savable(state_dict: Mapping[str, Any], safe_globals: Iterable[Any]) -> None:
-    """Raise before anything is copied or written: duplicate keys (ValueError), objects that could not be loaded back
-    (UnsafeObjectError)."""
-    for fqn, leaf in leaves(state_dict).items():
+def check_savable(state_dict: Mapping[str, Any], safe_globals: Iterable[Any]) -> dict[str, Path]:
+    """{fqn: path} of the objects in a state dict. Raises what must be heard of before anything is written: duplicate
+    keys (ValueError), objects that could not be loaded back (UnsafeObjectError)."""
+    objects = {}
+    for fqn, (path, leaf) in _named(state_dict).items():
         if not isinstance(leaf.value, torch.Tensor) and not hasattr(leaf.value, "__create_write_items__"):
             check_object(leaf.value, safe_globals, fqn)
+            objects[fqn] = path
+    return objects
+
+
+def value_at(state_dict: Mapping[str, Any], path: Path) -> Any:
+    value: Any = state_dict
+    for key in path:
+        value = value[key]
+    return value
+
+
+@dataclass(eq=False)
+class Plan:
+    """Who writes what, the same object for as long as the structure stays. metadata: only on the coordinator.
+
+    objects: where this rank's objects are. layout, places: of the items in the files, and of the tensors in the staging
+    buffer; the writer thread finds them at the first save, if the planner gives out what it is given.
+    """
+
+    items: Sequence[WriteItem]
+    metadata: Metadata | None
+    objects: Mapping[str, Path]
+    layout: ShardLayout | None = None
+    places: Sequence[tuple[int, int]] | None = None
+
+    @cached_property
+    def written_objects(self) -> list[Path | None]:
+        """The path of each object among the items; None for one that makes its own items."""
+        return [self.objects.get(item.index.fqn) for item in self.items if item.type == WriteItemType.BYTE_IO]
+
+    @cached_property
+    def keys(self) -> Keys:
+        assert self.metadata is not None
+        return keys_of(self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedSave:
-    """What the writer needs. metadata: only on the coordinator."""
+    """What the writer needs."""
 
-    plan: SavePlan
-    metadata: Metadata | None
+    plan: Plan
+    state_dict: StateDict
     _planner: SavePlanner
-    _state_dict: StateDict | None
+    _is_set_up: bool
+
+    @property
+    def resolves_plainly(self) -> bool:
+        """Whether the planner surely gives out the tensors and objects of the state dict as they are."""
+        return type(self._planner) is DefaultSavePlanner and None not in self.plan.written_objects
 
     def planner(self) -> SavePlanner:
         """The planner, holding the staged state dict; to be called once. Where the plan is an old one this flattens it,
         some microseconds per tensor that the training thread is spared."""
-        if self._state_dict is not None:
-            self._planner.set_up_planner(state_dict=self._state_dict, is_coordinator=self.metadata is not None)
+        if not self._is_set_up:
+            self._planner.set_up_planner(self.state_dict, is_coordinator=self.plan.metadata is not None)
         return self._planner
+
+    def objects(self) -> list[bytes]:
+        """The items of this rank's objects, in the order of the plan."""
+        return [encode_object(value_at(self.state_dict, path)) for path in self.plan.written_objects if path]
 
 
 class SavePlanning:
     """Plans of one manager, kept while the structure stays the same. Training thread only."""
 
-    def __init__(self, ranks: Ranks, save_planner: SavePlanner | None) -> None:
+    def __init__(self, ranks: Ranks, save_planner: SavePlanner | None, safe_globals: Iterable[Any]) -> None:
         self._ranks = ranks
         self._template = save_planner or DefaultSavePlanner()
+        self._safe_globals = safe_globals
         self._structure: int | None = None
-        self._plan: SavePlan | None = None
-        self._metadata: Metadata | None = None
+        self._plan: Plan | None = None
+        self._objects: Mapping[str, Path] = {}
+
+    def check(self, state_dict: Mapping[str, Any], structure: int | None) -> None:
+        """Raise what must be heard of before anything is written (`check_savable`); objects alone can have become bad
+        where the structure is the planned one."""
+        if not self.is_current(structure):
+            self._objects = check_savable(state_dict, self._safe_globals)
+            return
+        assert self._plan is not None
+        for fqn, path in self._plan.objects.items():
+            check_object(value_at(state_dict, path), self._safe_globals, fqn)
 
     def is_current(self, structure: int | None) -> bool:
         """Whether the plan at hand fits a state dict of this structure (a stager's `snapshot.structure`)."""
@@ -108,11 +173,13 @@ class SavePlanning:
         # A copy, because the planner holds one save's tensors while the writer may still be busy with another's.
         planner = copy.copy(self._template)
         if replan:
+            objects = self._plan.objects if self._plan is not None and self.is_current(structure) else self._objects
             self._plan = None
-            self._plan, self._metadata = self._exchange(planner, state_dict)
+            save_plan, metadata = self._exchange(planner, state_dict)
+            self._plan = Plan(save_plan.items, metadata, objects)
             self._structure = structure
         assert self._plan is not None
-        return PlannedSave(self._plan, self._metadata, planner, None if replan else state_dict)
+        return PlannedSave(self._plan, state_dict, planner, replan)
 
     def _exchange(self, planner: SavePlanner, state_dict: StateDict) -> tuple[SavePlan, Metadata | None]:
         """Local plans to the coordinator, the global plan back. A failure anywhere is raised everywhere."""

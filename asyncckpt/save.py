@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -29,17 +29,17 @@ from asyncckpt.manifest import (
     Head,
     Key,
     Manifest,
+    Placement,
     decode_records,
     encode_manifest,
     encode_records,
-    keys_of,
     merge,
 )
 from asyncckpt.plan import PlannedSave
 from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
 from asyncckpt.ranks import Ranks
 from asyncckpt.restore import join, open_step, read_manifest
-from asyncckpt.shard import write_items
+from asyncckpt.shard import Regions, Resolved, StagedPayloads, write_items, write_shard
 from asyncckpt.steps import DCP_METADATA, belongs_to, manifest_name, may_be_swept, read_listing
 from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
@@ -47,6 +47,10 @@ from stagers import StagedSnapshot
 
 _ANSWER_LOST = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET)
 """Errors after which the file that was to be written may be there all the same."""
+
+
+Part: TypeAlias = tuple[ChunkTable, list[FileRecord]]
+"""What one rank wrote."""
 
 
 @dataclass(slots=True)
@@ -62,6 +66,8 @@ class SaveJob:
     metrics: Mapping[str, float]
     started: float
     stall_s: float = 0.0
+    is_borrowed: bool = False
+    """The snapshot is copied as it is written."""
 
     @property
     def folder(self) -> str:
@@ -108,14 +114,18 @@ class Saver:
     """Taken on after each commit."""
     _known: dict[int, CommittedStep] = field(default_factory=dict)
     _finished_attempt: str | None = None
+    _placement: Placement | None = None
+    _regions: Regions = field(default_factory=Regions)
     _is_tidy: bool = False
 
-    def run(self, job: SaveJob) -> None:
-        report, error = self._write(job)
+    def run(self, job: SaveJob) -> Callable[[], None]:
+        """Until the step is committed; what is left to be done is the result."""
+        part, error = self._write(job)
         if self.ranks.world_size > 1:
+            report = b"" if part is None or self.ranks.is_coordinator else encode_records(*part)
             self.ranks.post(f"{job.attempt}/written", _reply(error, report))
         if self.ranks.is_coordinator:
-            verdict, cause = self._decide(job, report, error)
+            verdict, cause = self._decide(job, part, error)
         else:
             verdict, cause = self._await_verdict(job), error
         if verdict.error:
@@ -128,24 +138,21 @@ class Saver:
             events.Committed, job.step,
             sequence=job.sequence, num_bytes=verdict.num_bytes, stall_s=job.stall_s, durable_s=durable_s,
         )  # fmt: skip
-        self._delete_leftovers()
-        if not self._is_tidy and self.ranks.is_coordinator:
-            self._tidy(job)
+        return lambda: self._clean_up(job.step, job.sequence)
 
     # -- this rank's files
 
-    def _write(self, job: SaveJob) -> tuple[bytes, Exception | None]:
-        """(what the coordinator has to know, None), or (b"", why not). The staged buffers are free afterwards."""
+    def _write(self, job: SaveJob) -> tuple[Part | None, Exception | None]:
+        """(what the coordinator has to know, None), or (None, why not). The staged buffers are free afterwards."""
         waiting = time.perf_counter()
         try:
-            job.snapshot.wait()
+            if not job.is_borrowed:
+                job.snapshot.wait()
             writing = time.perf_counter()
-            planned = job.planned
-            chunks, files = write_items(
-                self.storage, job.folder, self.ranks.rank, planned.plan.items, planned.planner()
-            )
+            chunks, files = self._write_shard(job)
+            job.snapshot.wait()  # raises if the copy turned out not to be one moment of the state
         except Exception as exc:
-            return b"", exc
+            return None, exc
         finally:
             job.snapshot.release()
         self._emit(
@@ -153,15 +160,28 @@ class Saver:
             num_bytes=sum(file.size for file in files), num_files=len(files),
             copy_s=writing - waiting, write_s=time.perf_counter() - writing,
         )  # fmt: skip
-        return encode_records(chunks, files), None
+        return (chunks, files), None
+
+    def _write_shard(self, job: SaveJob) -> Part:
+        """By the places that an earlier save of the same plan found, so that no tensor is looked at one by one."""
+        planned, plan, snapshot = job.planned, job.planned.plan, job.snapshot
+        if snapshot.memory is None or not planned.resolves_plainly:
+            snapshot.wait()
+            return write_items(self.storage, job.folder, self.ranks.rank, plan.items, planned.planner(), self._regions)
+        if plan.layout is None or plan.places is None:
+            resolved = Resolved.of(plan.items, planned.planner())
+            plan.layout = resolved.layout(plan.items, self.ranks.rank, self.storage.max_file_bytes)
+            plan.places = resolved.places_in(snapshot.memory)
+        staged = StagedPayloads(snapshot.memory, plan.places, snapshot.wait_for, snapshot.wait)
+        return write_shard(self.storage, job.folder, plan.layout, staged, planned.objects(), self._regions)
 
     # -- the ranks' verdict on a save
 
-    def _decide(self, job: SaveJob, report: bytes, error: Exception | None) -> tuple[_Verdict, Exception | None]:
+    def _decide(self, job: SaveJob, part: Part | None, error: Exception | None) -> tuple[_Verdict, Exception | None]:
         """On the coordinator: commit if every rank is durable, and tell everybody. (verdict, its cause if known)"""
         verdict = _Verdict()
         try:
-            replies = [("" if error is None else _describe(error), report)]
+            replies = [("" if error is None else _describe(error), b"")]
             if self.ranks.world_size > 1:
                 replies = [_parse(data) for data in self.ranks.collect(f"{job.attempt}/written", self.timeout_s)]
             failed = [rank for rank, (text, _) in enumerate(replies) if text]
@@ -170,7 +190,9 @@ class Saver:
                 self._discard(job)  # all ranks have stopped writing
             else:
                 verdict.phase = "commit"
-                verdict.num_bytes, verdict.pruned = self._commit(job, [report for _, report in replies])
+                assert part is not None
+                parts = [part, *(decode_records(report) for _, report in replies[1:])]
+                verdict.num_bytes, verdict.pruned = self._commit(job, parts)
         except Exception as exc:
             error, verdict.error = exc, _describe(exc)
             if verdict.phase == "write" and isinstance(exc, TimeoutError):
@@ -199,11 +221,11 @@ class Saver:
 
     # -- the coordinator's part
 
-    def _commit(self, job: SaveJob, reports: Sequence[bytes]) -> tuple[int, list[int]]:
+    def _commit(self, job: SaveJob, parts: Sequence[Part]) -> tuple[int, list[int]]:
         """Make the step visible and choose what retention drops: (bytes of all files, steps to prune)."""
-        parts = [decode_records(report) for report in reports]
-        chunks = merge([table for table, _ in parts])
-        files = [file for _, rank_files in parts for file in rank_files]
+        chunks = merge([table for table, _ in parts], self._placement)
+        self._placement = chunks.placement
+        files = [file for _, files in parts for file in files]
         before = self.index.files_of(job.step)
         manifest, stock = self._manifest(job, chunks, files)
         names = [f"{job.attempt}/{file.name}" for file in files]
@@ -225,12 +247,11 @@ class Saver:
         return manifest.num_bytes, pruned
 
     def _manifest(self, job: SaveJob, chunks: ChunkTable, files: list[FileRecord]) -> tuple[Manifest, bytes]:
-        assert job.planned.metadata is not None
         head = Head(
             job.step, job.sequence, job.attempt, uuid.uuid4().hex, self.ranks.world_size, torch.__version__,
             __version__, job.metadata, job.metrics,
         )  # fmt: skip
-        return make_manifest(head, keys_of(job.planned.metadata), chunks, files)
+        return make_manifest(head, job.planned.plan.keys, chunks, files)
 
     def _check_stored(self, job: SaveJob, files: Sequence[FileRecord]) -> None:
         """That what the manifest will name is still there: a long upload leaves time to remove what came first."""
@@ -305,20 +326,26 @@ class Saver:
             whole=leftover.whole, num_files=sum(map(len, leftover.groups)), prune_s=time.perf_counter() - started,
         )  # fmt: skip
 
-    def _tidy(self, job: SaveJob) -> None:
-        """Remove what earlier runs and failed saves left: the job is committed, so every attempt with a lower number is
-        over. By a listing of now: a run that was ending may have committed since this one began."""
+    def _clean_up(self, step: int, sequence: int) -> None:
+        """After the commit of `step`: what retention dropped and, once, what earlier runs and failed saves left."""
+        self._delete_leftovers()
+        if not self._is_tidy and self.ranks.is_coordinator:
+            self._tidy(step, sequence)
+
+    def _tidy(self, step: int, sequence: int) -> None:
+        """The step is committed, so every attempt with a lower number is over. By a listing of now: a run that was
+        ending may have committed since this one began."""
         self._is_tidy = True
         try:
             steps = read_listing(self.storage.list_files())
             self.leftovers += [
                 Leftover(step, groups, mend=files.sequence is not None)
                 for step, files in steps.items()
-                if (groups := files.leftovers(job.sequence))
+                if (groups := files.leftovers(sequence))
             ]
-            self.storage.sweep(lambda path: may_be_swept(path, job.sequence))
+            self.storage.sweep(lambda path: may_be_swept(path, sequence))
         except OSError as exc:
-            self._emit(events.Failed, job.step, phase="prune", error=exc)
+            self._emit(events.Failed, step, phase="prune", error=exc)
         self._delete_leftovers()
 
     # -- telling

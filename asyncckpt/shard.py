@@ -107,29 +107,32 @@ class Resolved:
         assert tensor is not None
         return payload_view(tensor)
 
-    def places_in(self, memory: memoryview) -> list[tuple[int, int]] | None:
-        """[start, stop) of each tensor in `memory`, (0, 0) for an object; None if one lies outside."""
+    def places_in(self, memory: memoryview) -> list[tuple[int, int]]:
+        """[start, stop) of each tensor in `memory`, in which all lie; (0, 0) for an object."""
         base, places = np.frombuffer(memory, np.uint8).ctypes.data, []
         for tensor in self.tensors:
             if tensor is None or not tensor.numel():
                 places.append((0, 0))
                 continue
             start = tensor.data_ptr() - base
-            if start < 0 or start + tensor.nbytes > len(memory):
-                return None
+            if not 0 <= start <= len(memory) - tensor.nbytes:
+                raise RuntimeError("a staged tensor lies outside of its snapshot's memory: please report it")
             places.append((start, start + tensor.nbytes))
         return places
 
 
 @dataclass(frozen=True, slots=True)
 class StagedPayloads:
-    """Payloads at known places of a staging buffer. wait_for: returns when the bytes [start, stop) are there."""
+    """Payloads at known places of a staging buffer. wait_for, wait: return when the bytes [start, stop), or all of
+    them, are there."""
 
     memory: memoryview
     places: Sequence[tuple[int, int]]
     wait_for: Callable[[int, int], None]
+    wait: Callable[[], None]
 
     def small(self, rows: Sequence[int]) -> list[memoryview]:
+        self.wait()  # they come after the large ones, so there is hardly anything to wait for
         memory, places = self.memory, self.places
         return [memory[start:stop] for start, stop in [places[row] for row in rows]]
 
@@ -175,7 +178,12 @@ def _in_views(payload: memoryview) -> Iterator[memoryview]:
 
 
 def write_items(
-    storage: Storage, folder: str, rank: int, items: Sequence[WriteItem], planner: SavePlanner
+    storage: Storage,
+    folder: str,
+    rank: int,
+    items: Sequence[WriteItem],
+    planner: SavePlanner,
+    regions: Regions | None = None,
 ) -> tuple[ChunkTable, list[FileRecord]]:
     """Write a rank's part of a save into `folder` and return what the manifest has to say of it; durable on return.
 
@@ -183,7 +191,7 @@ def write_items(
     """
     resolved = Resolved.of(items, planner)
     layout = resolved.layout(items, rank, storage.max_file_bytes)
-    return write_shard(storage, folder, layout, resolved, resolved.objects, Regions())
+    return write_shard(storage, folder, layout, resolved, resolved.objects, regions or Regions())
 
 
 def write_shard(

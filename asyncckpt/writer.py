@@ -1,5 +1,7 @@
 """The background thread of a manager: a bounded queue, one save at a time, in order; failures kept until raised once.
 
+A job gives back what it leaves to be done when it is over (retention); its place in the queue is free before that.
+
     thread     may touch                                          never
     training   acquire, submit, join, raise_failures, close       does storage I/O of a save
     writer     runs the jobs, appends failures                    runs a collective (ranks.py says why)
@@ -14,16 +16,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+T = TypeVar("T")
+Rest: TypeAlias = Callable[[], None]
+Job: TypeAlias = Callable[[], Rest]
 
 
 class BackgroundWriter:
-    """max_pending: saves taken and not yet finished, the one being written among them."""
+    """max_pending: saves taken and not yet over, the one being written among them."""
 
     def __init__(self, max_pending: int) -> None:
         self._max_pending = max_pending
         self._changed = threading.Condition()
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[Job] = deque()
         self._num_pending = 0
+        self._num_resting = 0  # over, but for what they left to be done
         self._failures: deque[BaseException] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -51,7 +59,7 @@ class BackgroundWriter:
             self._num_pending -= 1
             self._changed.notify_all()
 
-    def submit(self, job: Callable[[], None]) -> None:
+    def submit(self, job: Job) -> None:
         """Queue a job in the place that `acquire` took. What it raises is raised by `raise_failures`."""
         with self._changed:
             self._jobs.append(job)
@@ -60,10 +68,15 @@ class BackgroundWriter:
                 self._thread.start()
             self._changed.notify_all()
 
-    def join(self, *, besides: int = 0) -> None:
-        """Wait until nothing is pending. besides: places that the caller itself holds."""
+    def drain(self) -> None:
+        """Wait until every job is over; what they left to be done may go on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_pending <= besides)
+            self._changed.wait_for(lambda: not self._num_pending)
+
+    def join(self, *, besides: int = 0) -> None:
+        """Wait until nothing is pending or left to be done. besides: places that the caller itself holds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_pending <= besides and not self._num_resting)
 
     @property
     def has_failures(self) -> bool:
@@ -92,19 +105,27 @@ class BackgroundWriter:
 
     def _run(self) -> None:
         while (job := self._next_job()) is not None:
-            failure: BaseException | None = None
-            try:
-                job()
-            except BaseException as exc:  # a sink may call sys.exit(); without the thread `join` would never return
-                failure = exc
+            rest = self._attempt(job)
             del job  # it holds the staged copy
             with self._changed:
-                if failure is not None:
-                    self._failures.append(failure)
                 self._num_pending -= 1
+                self._num_resting += 1
+                self._changed.notify_all()
+            if rest is not None:
+                self._attempt(rest)
+            with self._changed:
+                self._num_resting -= 1
                 self._changed.notify_all()
 
-    def _next_job(self) -> Callable[[], None] | None:
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except BaseException as exc:  # a sink may call sys.exit(); without the thread `join` would never return
+            with self._changed:
+                self._failures.append(exc)
+            return None
+
+    def _next_job(self) -> Job | None:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closing)
             return self._jobs.popleft() if self._jobs else None

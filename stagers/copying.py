@@ -85,23 +85,27 @@ class Borrowed:
         self._places = places
         self._views = views
         self._sources = [source.detach() for source in sources]
+        self._copied = [0] * len(sources)  # bytes, from the front
         self._lock = threading.Lock()  # a copy never runs on after `end`
         self._is_over = False
         self._is_torn = False
 
     def complete(self, start: int, stop: int) -> None:
-        """Copy what lies in the bytes [start, stop) of the slab. StagingError: `result` was interrupted, so that the
-        sources may have changed."""
+        """Copy what lies in the bytes [start, stop) of the slab, if it is not there yet. StagingError: `result` was
+        interrupted, so that the sources may have changed."""
         first = max(0, bisect_right(self._places, start) - 1)
         for i in range(first, bisect_left(self._places, stop)):
-            place, source = self._places[i], self._sources[i]
-            begin, end = max(start - place, 0), min(stop - place, source.nbytes)
             with self._lock:
-                if begin < end and not self._is_over:
-                    # Releases the GIL and stays on this thread; `copy_` would start another team of intra-op threads.
-                    ctypes.memmove(self._views[i].data_ptr() + begin, source.data_ptr() + begin, end - begin)
+                self._copy(i, stop - self._places[i])
         if self._is_torn:
             raise StagingError("waiting for the copy was interrupted: it must not be used. The source is unchanged.")
+
+    def _copy(self, i: int, stop: int) -> None:
+        start, stop = self._copied[i], min(stop, self._sources[i].nbytes)
+        if start < stop and not self._is_over:
+            # Releases the GIL and stays on this thread; `copy_` would start another team of intra-op threads.
+            ctypes.memmove(self._views[i].data_ptr() + start, self._sources[i].data_ptr() + start, stop - start)
+            self._copied[i] = stop
 
     def result(self) -> None:
         """All of it."""

@@ -291,6 +291,7 @@ def test_a_reader_caught_by_a_re_save_starts_over(tmp_path: pathlib.Path) -> Non
         def read_into(path: str, ranges: Any, filled: Any = None) -> None:
             if storage.count("read_into") == 0:
                 writer.save(1, state(2))
+                writer.join()  # the old files are gone
             plain_read(path, ranges, filled)
 
         storage.read_into = read_into  # type: ignore[method-assign]
@@ -449,6 +450,7 @@ def test_each_phase_is_one_event_with_its_figures(tmp_path: pathlib.Path) -> Non
     with CheckpointManager(str(tmp_path), 1, max_to_keep=1, events=[seen.append]) as manager:
         manager.save(1, state(1))
         manager.save(2, state(2))
+        manager.join()
         restored(manager, 2)
     kinds = [type(event) for event in seen]
     assert kinds == [Staged, Written, Committed, Staged, Written, Committed, Pruned, Restored]

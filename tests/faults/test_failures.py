@@ -255,6 +255,7 @@ def test_any_one_failing_call_costs_at_most_its_own_save(moment: Any) -> None:
             _assert_restorable(manager, taken, str(call))
             assert len(manager.all_steps()) >= 2
             manager.save(4, state(4))
+            manager.join()  # old steps and leftovers are gone
             assert strays(place, manager._storage, manager.all_steps()) == [], call
             for step in manager.all_steps():
                 manager.verify(step)
@@ -313,6 +314,7 @@ def test_a_full_disk(small_disk: Path, leave_bytes: int) -> None:
         assert shutil.disk_usage(small_disk).free >= leave_bytes - 8192
         ballast.unlink()
         manager.save(3, state(3, MIB))
+        manager.join()
         assert manager.all_steps() == [3]
         assert strays(Place(manager.url, {}), manager._storage, [3]) == []
 
@@ -461,10 +463,12 @@ def test_a_step_is_whole_though_pruning_fails_and_that_is_tried_again(any_url: t
         storage = use(manager, lambda storage: FaultyStorage(storage, "delete", nth=2))
         for step in (1, 2):
             manager.save(step, state(step))
+        manager.join()
         assert manager.all_steps() == [2]
         assert [(event.step, event.phase) for event in seen if isinstance(event, Failed)] == [(1, "prune")]
         assert strays(Place(url, options), storage, [2]) != []
         manager.save(3, state(3))
+        manager.join()
         assert [event.step for event in seen if isinstance(event, Pruned)] == [1, 2]
         assert strays(Place(url, options), storage, [3]) == []
 
