@@ -415,6 +415,7 @@ class CheckpointManager:
         Raises DamagedStepError with every difference, StepNotFoundError.
         """
         self._check_known(step)
+        self._writer.join()  # a step saved again has its old `.metadata` until the writer comes to it
         return verify_step(self._storage, self._open(step))
 
     # -- restoring
