@@ -46,6 +46,7 @@ from asyncckpt.verify import VerifyReport, verify_step
 from asyncckpt.writer import BackgroundWriter
 from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager, StagedSnapshot, StagingError
 
+_NO_STEP = -1
 PREEMPTION, CLOCK = "SIGTERM", "clock"
 _STAGED, _FAILED, _FAILED_BEFORE = 0, 1, 2
 _DONE, _DAMAGED, _IMPOSSIBLE = 0, 1, 2
@@ -366,8 +367,16 @@ class CheckpointManager:
         self._is_writable = True
 
     def prewarm(self, state_dict: State) -> None:
-        """Allocate and page-lock the buffers of all saves in flight, so that the first one costs no more."""
+        """Make the first save cost no more than a later one: allocate and page-lock the buffers of all saves in flight,
+        plan, and try whether the path can be written to. A collective call. Raises what `save` would.
+        """
+        self._check_open()
         self._stager.prewarm(for_save(state_dict, self._ranks.rank), num_snapshots=self._max_pending)
+        job = self._stage(_NO_STEP, state_dict, time.perf_counter(), None, None, borrow=True)
+        try:
+            self._saver.prepare(job)
+        finally:
+            job.snapshot.release()
 
     def wait_staged(self) -> None:
         """Block until every copy in flight is complete: any tensor may then be edited by hand."""
@@ -527,7 +536,7 @@ class CheckpointManager:
         self._check_known(step)
         opened = self._open(step)
         restoring = prepare(
-            self._storage, opened, for_restore(state, opened.metadata.state_dict_metadata, self._ranks.rank),
+            self._storage, opened, for_restore(state, opened.saved, self._ranks.rank),
             is_coordinator=self._ranks.is_coordinator, load_planner=self._load_planner, safe_globals=self._safe_globals,
         )  # fmt: skip
         return opened.sequence, restoring

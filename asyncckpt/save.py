@@ -168,12 +168,19 @@ class Saver:
         if snapshot.memory is None or not planned.resolves_plainly:
             snapshot.wait()
             return write_items(self.storage, job.folder, self.ranks.rank, plan.items, planned.planner(), self._regions)
-        if plan.layout is None or plan.places is None:
-            resolved = Resolved.of(plan.items, planned.planner())
-            plan.layout = resolved.layout(plan.items, self.ranks.rank, self.storage.max_file_bytes)
-            plan.places = resolved.places_in(snapshot.memory)
+        self.prepare(job)
+        assert plan.layout is not None
+        assert plan.places is not None
         staged = StagedPayloads(snapshot.memory, plan.places, snapshot.wait_for, snapshot.wait)
         return write_shard(self.storage, job.folder, plan.layout, staged, planned.objects(), self._regions)
+
+    def prepare(self, job: SaveJob) -> None:
+        """Find the places, once for each plan. Reads no tensor, so the copy may be still to come."""
+        planned, plan, memory = job.planned, job.planned.plan, job.snapshot.memory
+        if memory is not None and planned.resolves_plainly and plan.places is None:
+            resolved = Resolved.of(plan.items, planned.planner())
+            plan.layout = resolved.layout(plan.items, self.ranks.rank, self.storage.max_file_bytes)
+            plan.places = resolved.places_in(memory)
 
     # -- the ranks' verdict on a save
 
