@@ -5,15 +5,19 @@ General layout, in the order in which a save passes through it (each module impo
     errors, events, version           what is raised and reported
     policy                            when to save, what to keep: pure decisions
     storage                           bytes at a URL: the seam, and who serves which URL
+    parallel                          the same work on many things, on a few threads
     local_file, storage_local         a folder
-    client_errors, s3_upload          for the next: what S3 clients raise; large files to S3
+    client_errors                     for the next: what clients of object stores raise
+    s3_settings, s3_upload            where obstore does what s3fs would; large files to S3 without it
+    s3_obstore                        the bytes of S3 through obstore
     storage_fsspec                    every other URL
     framing, manifest, dcp_metadata   the format: items, the index of a step, the stock index
     steps, index                      what a listing says; which steps there are
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
     per_rank                          values that each rank keeps for itself
     shard_layout, objects, plan       where items lie in files; what may be saved, and who writes what
-    shard, read                       items to bytes, and back
+    shard                             items to bytes
+    read, read_items, read_whole      and back: ranges of files; load plans; what needs no plan
     restore, save, verify             one step; `save` is the writer thread's half of a manager
     prime, named_state                an optimizer's state: made before the first step; under its parameters' names
     rng, loader                       random streams, the place in the data

@@ -22,7 +22,7 @@ from torch.futures import Future
 
 from asyncckpt.errors import SaveError
 from asyncckpt.manifest import Chunk, ChunkTable, FileRecord, Head, keys_of
-from asyncckpt.read import read_items
+from asyncckpt.read_items import read_items
 from asyncckpt.restore import OpenStep, Reserialising, open_step
 from asyncckpt.save import commit_step, make_manifest
 from asyncckpt.shard import write_items

@@ -18,6 +18,8 @@ from typing import Self
 
 import numpy as np
 
+from asyncckpt.parallel import for_each
+
 # O_DIRECT writes past the page cache. On the machine this was measured on (ext4 on virtio, 1 GiB, 2 cores) that is 1.8x
 # the rate and an eighth of the CPU of buffered writes plus fsync; 2 to 4 threads of 16 MiB reach the limit of the disk,
 # and neither posix_fallocate nor a first ftruncate adds to it.
@@ -71,7 +73,7 @@ class FileWriter:
         if self._position + length > self._size:
             raise ValueError(f"the views hold more than the {self._size} bytes that were announced")
         head = -self._position % ALIGNMENT
-        if length < DIRECT_MIN_BYTES or (_address(view) + head) % ALIGNMENT:
+        if length < DIRECT_MIN_BYTES or (address_of(view) + head) % ALIGNMENT:
             self._gather(view)
             return
         self._gather(view[:head])
@@ -164,43 +166,25 @@ def read_ranges(
 
     EOFError if the file ends first. When this returns or raises, no thread is left that writes into a view.
     """
-    pieces = deque(_pieces(ranges))
+    pieces = list(_pieces(ranges))
     num_left = Counter(index for _, _, indices in pieces for index in indices)
     lock = threading.Lock()
 
-    def count_down(index: int) -> bool:
+    def is_last(index: int) -> bool:
         with lock:
             num_left[index] -= 1
             return not num_left[index]
 
-    def work() -> None:
-        while True:
-            try:
-                offset, views, indices = pieces.popleft()
-            except IndexError:
-                return
-            try:
-                _read_full(descriptor, offset, views, what)
-                for index in filter(count_down, indices):
-                    filled(index)
-            except BaseException:
-                pieces.clear()  # so that the other threads end, too
-                raise
+    def read(piece: tuple[int, list[memoryview], list[int]]) -> None:
+        offset, views, indices = piece
+        _read_full(descriptor, offset, views, what)
+        for index in filter(is_last, indices):
+            filled(index)
 
     for index, (_, view) in enumerate(ranges):
         if not view:
             filled(index)
-    if len(pieces) < 2:
-        work()
-        return
-    num_threads = min(num_threads, len(pieces))
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="asyncckpt-read") as pool:
-        workers = [pool.submit(work) for _ in range(num_threads)]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:
-            pieces.clear()
+    for_each(read, pieces, num_threads)
 
 
 def advise_sequential(descriptor: int) -> None:
@@ -239,7 +223,7 @@ def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _address(view: memoryview) -> int:
+def address_of(view: memoryview) -> int:
     address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
     return address
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from asyncckpt.errors import DamagedStepError
 from asyncckpt.framing import crc32
 from asyncckpt.manifest import Chunk, FileRecord, Manifest
-from asyncckpt.read import check_stock_item
+from asyncckpt.read_items import check_stock_item
 from asyncckpt.restore import OpenStep, join
 from asyncckpt.steps import DCP_METADATA
 from asyncckpt.storage import Storage

@@ -1,0 +1,204 @@
+"""Whole tensors and objects of a step, by the manifest's columns: without DCP's planner, and nearly without Python.
+
+DCP's plan costs some 150 us per tensor, the bytes of a small one 1 us. So what needs no plan takes none: an object, and
+a plain tensor that was saved in one piece. Neighbours that are small come in one read and are verified and copied one
+by one; a large one is read right into the tensor. Called by restore.py, which leaves the rest (DTensors, tensors in
+several chunks, subclasses) to read_items.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from asyncckpt.framing import crc32
+from asyncckpt.local_file import address_of
+from asyncckpt.manifest import ChunkTable, Numbers
+from asyncckpt.read import COALESCE_GAP_BYTES, RUN_BYTES, Read, carry_out, direct_reads, flat_bytes, has_strides, verify
+from asyncckpt.storage import Storage
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes whose memory is what they hold."""
+# Keeps the GIL, unlike ctypes.memmove: to hand it over and wait for it costs more than copying some KiB.
+_memmove = ctypes.PyDLL(None).memmove
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memmove.restype = None
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """What is to be read; columns of equal length. chunk: a number in `chunks`. tensors: None for an object.
+
+    address: of a tensor's memory, if the payload can go there as it is; else 0. `tensors` keeps it good. on_cpu: it is
+    the CPU's memory.
+    """
+
+    chunks: ChunkTable
+    keys: Sequence[str]
+    chunk: Numbers
+    tensors: Sequence[torch.Tensor | None]
+    address: Numbers
+    on_cpu: npt.NDArray[np.bool_]
+
+    @cached_property
+    def file(self) -> Numbers:
+        return self.chunks.placement.file[self.chunk]
+
+    @cached_property
+    def start(self) -> Numbers:
+        """Of each payload in its file."""
+        return (self.chunks.placement.offset + self.chunks.placement.head_bytes)[self.chunk]
+
+    @cached_property
+    def size(self) -> Numbers:
+        return self.chunks.placement.payload_bytes[self.chunk]
+
+
+def find_whole(chunks: ChunkTable, wanted: Mapping[str, Any]) -> tuple[Whole, dict[str, Any]]:
+    """What of `wanted`, {key: value}, is read whole, and the rest. Shapes and dtypes are those that were saved."""
+    only, layouts = _only_chunks(chunks), chunks.placement.layout.tolist()
+    forms = [(x, x.torch_dtype, x.shape, x.is_contiguous) for x, _ in chunks.placement.layouts]
+    accelerator = _accelerator()
+    found: list[tuple[str, int, torch.Tensor | None, int, bool]] = []
+    rest: dict[str, Any] = {}
+    for key, value in wanted.items():
+        number = only.get(key, -1)
+        if number < 0:
+            rest[key] = value
+        elif layouts[number] < 0:
+            found.append((key, number, None, 0, False))
+        else:
+            layout, dtype, shape, is_contiguous = forms[layouts[number]]
+            on_cpu = value.is_cpu
+            is_whole = _is_plain(value) and value.shape == shape and value.dtype is dtype
+            if not is_whole or not (on_cpu or value.device.type == accelerator):
+                rest[key] = value
+            else:
+                as_it_is = (is_contiguous and value.is_contiguous()) or has_strides(value, layout)
+                address = value.data_ptr() if as_it_is and not value.is_neg() and not value.is_conj() else 0
+                found.append((key, number, value, address, on_cpu))
+    keys, numbers, tensors, addresses, places = zip(*found, strict=True) if found else ((),) * 5
+    columns = np.array(numbers, np.int64), tensors, np.array(addresses, np.int64), np.array(places, np.bool_)
+    return Whole(chunks, keys, *columns), rest
+
+
+def read_whole(storage: Storage, folder: str, whole: Whole) -> tuple[int, dict[str, bytes]]:
+    """Read into the tensors; the bytes read, and {key: the item of an object}. Raises what `carry_out` does.
+
+    `folder` is what the files' names are relative to. Tensors may be partly overwritten when this raises.
+    """
+    objects: dict[str, bytes] = {}
+    at_once, one_by_one = _without_clashes(whole)
+    for positions in at_once, *one_by_one:
+        carry_out(storage, _reads(storage.url, folder, whole, positions, objects))
+    return int(whole.size.sum()), objects
+
+
+def _only_chunks(chunks: ChunkTable) -> dict[str, int]:
+    """{key: the number of its chunk}, -1 if there are several."""
+    place = chunks.placement
+    numbers = np.full(len(place.fqns), -1)
+    numbers[place.key] = np.arange(len(place))
+    numbers[np.bincount(place.key, minlength=len(place.fqns)) > 1] = -1
+    return dict(zip(place.fqns, numbers.tolist(), strict=True))
+
+
+def _accelerator() -> str | None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device.type if device else None
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    return type(value) in PLAIN and value.layout is torch.strided
+
+
+def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
+    """Positions that may be read at once; and those, each alone and in their order, whose targets share memory with
+    others: tied tensors that were not tied when they were saved. Those that were are read once; empty ones never."""
+    used = np.flatnonzero(whole.size)
+    used = used[np.lexsort((used, whole.start[used], whole.file[used], whole.address[used]))]
+    columns = np.stack((whole.address[used], whole.file[used], whole.start[used]))
+    is_same = np.zeros(len(used), np.bool_)
+    is_same[1:] = (columns[:, 1:] == columns[:, :-1]).all(axis=0) & (columns[0, 1:] > 0)
+    used = used[~is_same]
+    ends = np.maximum.accumulate(whole.address[used] + whole.size[used] * (whole.address[used] > 0))
+    is_apart = np.ones(len(used), np.bool_)
+    is_apart[1:] = (whole.address[used[1:]] >= ends[:-1]) | (whole.address[used[1:]] == 0)
+    group = np.cumsum(is_apart) - 1
+    is_alone = np.bincount(group, minlength=1)[group] == 1
+    return used[is_alone], [np.array([position]) for position in sorted(used[~is_alone].tolist())]
+
+
+def _reads(url: str, folder: str, whole: Whole, positions: Numbers, objects: dict[str, bytes]) -> Iterator[Read]:
+    files, chunks = whole.chunks.placement.files, whole.chunks
+    is_large = (whole.size[positions] > COALESCE_GAP_BYTES) & (whole.address[positions] > 0)
+    for position in positions[is_large].tolist():
+        number, tensor = int(whole.chunk[position]), whole.tensors[position]
+        assert tensor is not None
+        crcs = chunks.blocks.get(number) or (int(chunks.crc32[number]),)
+        path = f"{folder}/{files[whole.file[position]]}"
+        yield from direct_reads(url, path, whole.keys[position], int(whole.start[position]), tensor.detach(), crcs)
+    for run in _runs(whole, positions[~is_large]):
+        yield _read_of(url, f"{folder}/{files[whole.file[run[0]]]}", whole, run, objects)
+
+
+def _runs(whole: Whole, positions: Numbers) -> list[Numbers]:
+    """Neighbours in a file that are read together."""
+    if not len(positions):
+        return []
+    positions = positions[np.lexsort((whole.start[positions], whole.file[positions]))]
+    file, start = whole.file[positions], whole.start[positions]
+    end = start + whole.size[positions]
+    is_first = (
+        (file[1:] != file[:-1])
+        | (start[1:] - end[:-1] > COALESCE_GAP_BYTES)
+        | (start[1:] // RUN_BYTES != start[:-1] // RUN_BYTES)
+    )
+    return np.split(positions, np.flatnonzero(is_first) + 1)
+
+
+def _read_of(url: str, path: str, whole: Whole, run: Numbers, objects: dict[str, bytes]) -> Read:
+    """A run as one read: verify each payload, then copy it to where it belongs."""
+    first = int(whole.start[run[0]])
+    start = whole.start[run] - first
+    stop = start + whole.size[run]
+    in_memory = (whole.address[run] > 0) & whole.on_cpu[run]
+    tensors = map(whole.tensors.__getitem__, run[~whole.on_cpu[run]].tolist())
+    device = next((tensor.device for tensor in tensors if tensor is not None), None)
+
+    def take(view: memoryview) -> None:
+        pieces = list(map(view.__getitem__, map(slice, start.tolist(), stop.tolist())))
+        expected = whole.chunks.crc32[whole.chunk[run]].tolist()
+        if list(map(crc32, pieces)) != expected:
+            for position, piece, crc in zip(run.tolist(), pieces, expected, strict=True):
+                verify(url, path, whole.keys[position], int(whole.start[position]), crc, piece)
+        sources = start[in_memory] + address_of(view)
+        columns = whole.address[run][in_memory], sources, whole.size[run][in_memory]
+        deque(map(_memmove, *(column.tolist() for column in columns)), maxlen=0)
+        for number in np.flatnonzero(~in_memory).tolist():
+            _deliver(whole, int(run[number]), pieces[number], objects)
+
+    keys = [whole.keys[position] for position in run[:4].tolist()]
+    return Read(path, first, int(stop.max()), take, keys, device=device)
+
+
+def _deliver(whole: Whole, position: int, piece: memoryview, objects: dict[str, bytes]) -> None:
+    tensor = whole.tensors[position]
+    if tensor is None:
+        objects[whole.keys[position]] = bytes(piece)
+    elif whole.address[position]:
+        flat_bytes(tensor).copy_(torch.frombuffer(piece, dtype=torch.uint8), non_blocking=True)
+    else:
+        place = whole.chunks.placement
+        layout, _ = place.layouts[place.layout[whole.chunk[position]]]
+        # A copy, as the place in a read need not be aligned for the dtype.
+        source = torch.frombuffer(bytearray(piece), dtype=layout.torch_dtype)
+        tensor.detach().copy_(source.as_strided(layout.shape, layout.stride))
