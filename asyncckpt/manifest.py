@@ -225,6 +225,11 @@ class Placement:
         blocks = -(-self.payload_bytes // BLOCK_BYTES)
         return np.where((self.layout < 0) | (blocks < 2), 0, blocks)
 
+    @cached_property
+    def files_in_use(self) -> list[int]:
+        """Indices into files, each once, in the order of the chunks: `files` may have others, in another order."""
+        return list(dict.fromkeys(self.file.tolist()))
+
     def kept(self, what: str, keys: Keys | None, files: tuple[str, ...], make: Callable[[], bytes]) -> bytes:
         """What `make` gives, kept on this object until it is asked for with other keys or files."""
         known = self._kept.get(what)
@@ -234,7 +239,8 @@ class Placement:
 
     def text(self, fqns: tuple[str, ...], files: tuple[str, ...]) -> bytes:
         """The members "chunks", "boxes" and "layouts"; key and file: as indices into fqns and files."""
-        boxes: dict[tuple[int, ...], int] = {}
+        boxes = list(dict.fromkeys(offsets for offsets in self.offsets if offsets is not None))
+        number_of_box = {None: -1} | {offsets: number for number, offsets in enumerate(boxes)}
         number_of_file = {name: number for number, name in enumerate(files)}
         key = self.key
         if self.fqns != fqns:
@@ -242,14 +248,14 @@ class Placement:
             key = _array(number_of[fqn] for fqn in self.fqns)[key]
         columns: Columns = {
             "key": key,
-            "box": [-1 if offsets is None else boxes.setdefault(offsets, len(boxes)) for offsets in self.offsets],
+            "box": _array(map(number_of_box.__getitem__, self.offsets)),
             "layout": self.layout,
             "file": _array(number_of_file[name] for name in self.files)[self.file],
             "offset": self.offset,
             "length": self.length,
         }
         layouts = [(x.dtype, x.shape, x.stride, head_bytes) for x, head_bytes in self.layouts]
-        return b'"chunks":{%b},"boxes":%b,"layouts":%b' % (_members(columns), _column(list(boxes)), _column(layouts))
+        return b'"chunks":{%b},"boxes":%b,"layouts":%b' % (_members(columns), _column(boxes), _column(layouts))
 
 
 @dataclass(frozen=True, eq=False)
