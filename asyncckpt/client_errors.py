@@ -1,12 +1,14 @@
-"""What fsspec and the clients behind it raise (s3fs, botocore, gcsfs, aiohttp), as OSErrors that say what failed.
+"""What fsspec and the clients behind it raise (s3fs, botocore, gcsfs, aiohttp), and obstore, as OSErrors that say what
+failed.
 
-The one place that knows their exceptions, and without importing them: by class, HTTP status and class name. Used by
-storage_fsspec.py and s3_upload.py.
+The one place that knows their exceptions, and without importing them: by class, HTTP status and class name, obstore's
+by their text, which is all they have. Used by storage_fsspec.py, s3_upload.py and s3_obstore.py.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,7 +47,14 @@ _BY_NAME = {
     "ConnectionError": errno.ECONNRESET,  # botocore's own
     "ClientError": errno.ECONNRESET,  # aiohttp's; botocore's has a status
     "RequestException": errno.ECONNRESET,
+    "PermissionDeniedError": errno.EACCES,  # obstore's
+    "UnauthenticatedError": errno.EACCES,
 }
+# obstore: the status of the answer, S3's own code and message in it, and why there was no answer.
+_OBSTORE_STATUS = re.compile(r"Server returned (?:non-2xx status code: |error response: )?(\d{3})\b")
+_OBSTORE_CODE = re.compile(r"<Code>([^<]*)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
+_OBSTORE_KIND = re.compile(r"\bkind: (Timeout|Connect|Request|Interrupted|Decode)\b")
+_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed")  # 400, and s3fs's EACCES
 
 
 @contextmanager
@@ -55,13 +64,16 @@ def named_client_errors(what: str) -> Iterator[None]:
         yield
     except Exception as exc:
         # The errno chooses the class.
-        raise OSError(_errno(exc), f"{what}: {redact(_reason(exc))}") from exc
+        # Not from obstore's: its text has the whole answer of the server, which may repeat a session token.
+        raise OSError(_errno(exc), f"{what}: {redact(_reason(exc))}") from (None if _is_obstore(exc) else exc)
 
 
 def _errno(exc: BaseException) -> int:
     for known, number in _BY_CLASS:
         if isinstance(exc, known):
             return number
+    if _is_obstore(exc) and (code := _OBSTORE_CODE.search(str(exc))) and code[1] in _EXPIRED:
+        return errno.EACCES
     if status := _http_status(exc):
         return _BY_STATUS.get(status) or (errno.EINVAL if status < 500 else errno.EIO)
     if isinstance(exc, OSError) and exc.errno:
@@ -69,12 +81,25 @@ def _errno(exc: BaseException) -> int:
     for ancestor in type(exc).__mro__:
         if ancestor.__name__ in _BY_NAME:
             return _BY_NAME[ancestor.__name__]
+    if _is_obstore(exc) and (kind := _OBSTORE_KIND.search(str(exc))):
+        return errno.ETIMEDOUT if kind[1] == "Timeout" else errno.ECONNRESET
     if str(exc).startswith("Forbidden: "):  # gcsfs says 403 in no other way
         return errno.EACCES
     return errno.EIO
 
 
+def _is_obstore(exc: BaseException) -> bool:
+    """Also when it raises a builtin."""
+    return type(exc).__module__.startswith("obstore") or "\n\nDebug source:\n" in str(exc)
+
+
 def _reason(exc: BaseException) -> str:
+    if _is_obstore(exc):
+        text = str(exc)
+        if code := _OBSTORE_CODE.search(text):
+            return " ".join(filter(None, code.groups()))
+        kind = _OBSTORE_KIND.search(text)
+        return text.partition("\n")[0] + (f" ({kind[1]})" if kind else "")
     for known in _with_causes(exc):
         if isinstance(response := getattr(known, "response", None), dict):  # botocore; s3fs keeps the message alone
             error = response.get("Error", {})
@@ -84,6 +109,9 @@ def _reason(exc: BaseException) -> str:
 
 def _http_status(exc: BaseException) -> int | None:
     """Of the response that `exc`, or what it was raised from, stands for."""
+    if _is_obstore(exc):
+        found = _OBSTORE_STATUS.search(str(exc))
+        return int(found[1]) if found else None
     for known in _with_causes(exc):
         response = getattr(known, "response", None)
         if isinstance(response, dict):  # botocore

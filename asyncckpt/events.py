@@ -45,13 +45,16 @@ class Staged(Event):
 class Written(Event):
     """This rank's files are durable (writer thread).
 
-    copy_s: seconds the writer waited for an overlapped copy. write_s: seconds from then to durable.
+    copy_s: seconds the writer waited for an overlapped copy. write_s: seconds from then to durable. client: what moved
+    the bytes ("os", "obstore", "s3fs", ...). client_reason: why not obstore, or "".
     """
 
     num_bytes: int
     num_files: int
     copy_s: float
     write_s: float
+    client: str = ""
+    client_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,7 @@ class CheckpointManager:
         but then a parameter may be edited by hand only after `wait_staged()`. The manager closes it.
     on_busy: when the queue is full, "wait" for a place (a stall, reported) or "skip" the save (an event says so).
     storage_options: given to the fsspec filesystem as they are.
+    transfer: who moves the bytes of an s3:// path: "auto", "obstore" or "fsspec"; see `open_storage`.
     events: sinks, called with every event; see events.py.
     save_planner, load_planner: DCP planners in place of the default ones; copied for each use.
     safe_globals: classes that objects in a checkpoint may be made of, besides those torch's `weights_only` allows.
@@ -95,6 +96,7 @@ class CheckpointManager:
         keep: KeepPolicy | None = None,
         on_busy: Literal["wait", "skip"] = "wait",
         storage_options: Mapping[str, Any] | None = None,
+        transfer: Literal["auto", "obstore", "fsspec"] = "auto",
         events: Iterable[events.Sink] = (),
         save_planner: SavePlanner | None = None,
         load_planner: LoadPlanner | None = None,
@@ -102,7 +104,7 @@ class CheckpointManager:
         timeout: float = 600.0,
     ) -> None:
         check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout)
-        self._storage = open_storage(path, storage_options, num_threads=num_of_threads)
+        self._storage = open_storage(path, storage_options, num_threads=num_of_threads, transfer=transfer)
         self._sinks = (log_events, *events)
         self._policy = save_policy or SaveEvery(save_interval)
         self._on_busy = on_busy

@@ -17,6 +17,8 @@ from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
+from fsspec.asyn import sync
+
 from asyncckpt.client_errors import named_client_errors
 
 MAX_PARTS = 9000  # S3 takes 10,000
@@ -145,19 +147,29 @@ def abort_uploads(filesystem: Any, root: str, may_go: Callable[[str], bool]) -> 
     """Abort the multipart uploads below `root` whose path, relative to it, may go. Without it their parts are paid for
     and never seen. An upload that ends in the meantime is no error."""
     bucket, prefix, _ = filesystem.split_path(f"{root}/")
+    _abort_where(filesystem, bucket, prefix, lambda key: may_go(key.removeprefix(prefix)))
+
+
+def abort_uploads_of(filesystem: Any, path: str, *, timeout_s: float) -> None:
+    """Abort every multipart upload of one object; `timeout_s` for each request."""
+    bucket, key, _ = filesystem.split_path(path)
+    _abort_where(filesystem, bucket, key, lambda found: found == key, timeout_s)
+
+
+def _abort_where(
+    filesystem: Any, bucket: str, prefix: str, may_go: Callable[[str], bool], timeout_s: float | None = None
+) -> None:
+    def call(method: str, **arguments: Any) -> Any:
+        return sync(filesystem.loop, filesystem._call_s3, method, Bucket=bucket, timeout=timeout_s, **arguments)
+
     page: dict[str, Any] = {"IsTruncated": True, "NextKeyMarker": "", "NextUploadIdMarker": ""}
     while page.get("IsTruncated"):
-        page = filesystem.call_s3(
-            "list_multipart_uploads",
-            Bucket=bucket, Prefix=prefix,
-            KeyMarker=page["NextKeyMarker"], UploadIdMarker=page["NextUploadIdMarker"],
-        )  # fmt: skip
+        markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        page = call("list_multipart_uploads", Prefix=prefix, **markers)
         for upload in page.get("Uploads", ()):
-            if may_go(upload["Key"].removeprefix(prefix)):
+            if may_go(upload["Key"]):
                 with suppress(FileNotFoundError):
-                    filesystem.call_s3(
-                        "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                    )
+                    call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 def cut(views: Iterable[memoryview], size: int, part_bytes: int) -> Iterator[list[memoryview]]:

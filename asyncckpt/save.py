@@ -159,6 +159,7 @@ class Saver:
             events.Written, job.step,
             num_bytes=sum(file.size for file in files), num_files=len(files),
             copy_s=writing - waiting, write_s=time.perf_counter() - writing,
+            client=self.storage.client, client_reason=self.storage.client_reason,
         )  # fmt: skip
         return (chunks, files), None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 TEMP_PREFIX = ".tmp-"
 
@@ -28,6 +28,16 @@ class Storage(Protocol):
     """The root as the user wrote it, without credentials: for messages."""
     max_file_bytes: int
     """Files larger than this are slow or impossible here; a single item that is larger still gets one file."""
+
+    @property
+    def client(self) -> str:
+        """What moves the bytes of files: "os", "obstore", "s3fs", "gcsfs", ...; known when the first was moved."""
+        ...
+
+    @property
+    def client_reason(self) -> str:
+        """Why not obstore, or ""."""
+        ...
 
     def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
         """Write a new file of `size` bytes, the concatenation of `views` (C-contiguous, format "B").
@@ -88,13 +98,20 @@ class Storage(Protocol):
 
 
 def open_storage(
-    url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, *, num_threads: int | None = None
+    url: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    num_threads: int | None = None,
+    transfer: Literal["auto", "obstore", "fsspec"] = "auto",
 ) -> Storage:
     """The storage for a URL or a local path. ValueError for a protocol that fsspec does not know.
 
     storage_options: reach the fsspec filesystem unchanged; a folder needs none. num_threads: transfers in flight per
-    file; None chooses.
+    file; None chooses. transfer: who moves the bytes of s3:// files: "obstore", "fsspec" (s3fs), or "auto": obstore
+    where it does exactly what options, environment and credentials mean to s3fs. ValueError if "obstore" cannot.
     """
+    if transfer not in ("auto", "obstore", "fsspec"):
+        raise ValueError(f'transfer must be "auto", "obstore" or "fsspec", not {transfer!r}')
     # Imported here: both import this file, and fsspec and the clients behind it are slow to import.
     from fsspec import available_protocols, get_filesystem_class
     from fsspec.utils import get_protocol
@@ -105,13 +122,15 @@ def open_storage(
     url = os.fspath(url)
     protocol = get_protocol(url)
     if protocol in ("file", "local"):
+        if transfer == "obstore":
+            raise ValueError(f"{url}: obstore moves the bytes of s3:// alone")
         return LocalStorage(url, num_threads=num_threads)
     try:
         get_filesystem_class(protocol)  # where a package is missing, an ImportError says which
     except ValueError as exc:
         known = ", ".join(available_protocols())
         raise ValueError(f"{redact(url)}: unknown protocol {protocol!r}; known are {known}") from exc
-    return FsspecStorage(url, storage_options, num_threads=num_threads)
+    return FsspecStorage(url, storage_options, num_threads=num_threads, transfer=transfer)
 
 
 def check_path(path: str) -> str:

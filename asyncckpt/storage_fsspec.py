@@ -1,7 +1,8 @@
 """Checkpoint files at any fsspec URL: S3 and GCS first, memory:// for tests, the rest as well as their filesystem does.
 
 `FsspecStorage` is what `open_storage` returns for a URL with a protocol. Its job is to make fsspec's filesystems keep
-the promises of `Storage`, each trap named where it is avoided; large files to S3 go through s3_upload.py.
+the promises of `Storage`, each trap named where it is avoided. The bytes of S3 go through s3_obstore.py, or, where that
+cannot do exactly what the options say, through s3fs: large files by s3_upload.py.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
@@ -21,13 +24,15 @@ from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from asyncckpt.client_errors import OUT_OF_RANGE, named_client_errors
+from asyncckpt.parallel import for_each
+from asyncckpt.s3_obstore import ObstoreBucket
+from asyncckpt.s3_settings import UntranslatableError
 from asyncckpt.s3_upload import S3Upload, abort_uploads
 from asyncckpt.storage import TEMP_PREFIX, check_path, redact
 
 MIB = 1 << 20
-READ_BYTES = 16 * MIB  # of one request
+READ_BYTES = 8 * MIB  # of one request
 READ_GAP_BYTES = 64 << 10  # a guess: fetching this much for nothing is cheaper than one more request
-MAX_READ_IN_FLIGHT_BYTES = 64 * MIB  # cat_ranges hands out copies, all at once
 S3_CONNECTIONS = 64  # eight files of eight parts
 DELETE_KEYS = 1000  # of one DeleteObjects request, the limit of S3
 HONOURS_CREATE = ("s3fs", "gcsfs")  # others look first: exclusive against one writer only, which is what a run has
@@ -37,29 +42,49 @@ class FsspecStorage:
     """A `Storage` on an fsspec filesystem; see there for every contract.
 
     storage_options reach the filesystem, over two settings of ours: no listing cache, no instance shared with others.
-    num_threads: requests in flight for one file. `write_file` sends a file to S3 as it lies in memory; elsewhere its
-    views are joined first, so `max_file_bytes` is what one call may add to memory.
+    num_threads: requests in flight for one file that is written, and for all that are read; each of the latter holds up
+    to 8 MiB. `write_file` sends a file to S3 as it lies in memory; elsewhere its views are joined first, so
+    `max_file_bytes` is what one call may add to memory.
     """
 
     part_bytes = 16 * MIB
     """Of one part of a large file on S3. Measured against radosgw: 16 MiB x 8 in flight reach the server's limit."""
 
     def __init__(
-        self, url: str, storage_options: Mapping[str, Any] | None = None, *, num_threads: int | None = None
+        self,
+        url: str,
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        num_threads: int | None = None,
+        transfer: Literal["auto", "obstore", "fsspec"] = "auto",
     ) -> None:
         self.url = redact(url)
         self._full_url = url
         self._options = dict(storage_options or {})
         self._num_threads = num_threads or 8
+        self._transfer = transfer
+        self._bucket: ObstoreBucket | None
+        self._is_decided = False
+        self.client_reason = ""
         self._open()
+        if transfer == "obstore" and not self._obstore():
+            raise ValueError(f"{self.url}: obstore cannot move these bytes: {self.client_reason}")
         # gs: one upload session is sequential, so several files are in flight; each is joined in memory first.
         self.max_file_bytes = {"s3fs": 128 << 30, "gcsfs": 128 * MIB}.get(self._client, 64 * MIB)
 
     def __repr__(self) -> str:
-        return f"<FsspecStorage {self.url} by {self._client}>"
+        return f"<FsspecStorage {self.url} by {self.client}>"
+
+    @property
+    def client(self) -> str:
+        return "obstore" if self._bucket else self._client
 
     def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
         full, what = self._full(path), self._what("write", path)
+        if bucket := self._obstore():
+            sending = {"part_bytes": self.part_bytes, "num_in_flight": self._num_threads}
+            bucket.write(self._filesystem.split_path(full)[1], size, views, what, **sending)
+            return
         if self._client == "s3fs":
             upload = S3Upload(self._filesystem, full, what, part_bytes=self.part_bytes, num_in_flight=self._num_threads)
             upload.write(size, views)
@@ -101,25 +126,34 @@ class FsspecStorage:
     def read_into(
         self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
     ) -> None:
-        full, what = self._full(path), self._what("read", path)
-        for batch in _batches(_requests(ranges)):
-            starts, ends = [request[0] for request in batch], [request[1] for request in batch]
-            try:
-                with named_client_errors(what):
-                    # Without on_error exceptions come back in place of bytes.
-                    chunks = self._filesystem.cat_ranges([full] * len(batch), starts, ends, on_error="raise")
-            except OSError as exc:
-                if exc.errno == OUT_OF_RANGE:
-                    raise EOFError(f"{what}: the file is shorter than the {max(ends)} bytes asked for") from exc
-                raise
-            for (start, end, views), chunk in zip(batch, chunks, strict=True):
+        full, what, bucket = self._full(path), self._what("read", path), self._obstore()
+        left = Counter({index: len(view) for index, (_, view) in enumerate(ranges)})
+        lock = threading.Lock()
+
+        def is_full(index: int, num_bytes: int) -> bool:
+            with lock:
+                left[index] -= num_bytes
+                return not left[index]
+
+        def read(request: _Request) -> None:
+            start, end, pieces = request
+            with self._reading:
+                chunk = self._fetch(bucket, full, start, end, what)
                 if len(chunk) != end - start:
                     raise EOFError(f"{what}: the file ends at byte {start + len(chunk)}, byte {end - 1} was asked for")
-                for offset, view in views:
-                    view[:] = memoryview(chunk)[offset - start : offset - start + len(view)]
-        if filled is not None:
-            for index in range(len(ranges)):
-                filled(index)
+                for offset, view, _ in pieces:
+                    view[:] = chunk[offset - start : offset - start + len(view)]
+            if filled:
+                for _, view, index in pieces:
+                    if is_full(index, len(view)):
+                        filled(index)
+
+        if filled:
+            for index, (_, view) in enumerate(ranges):
+                if not len(view):
+                    filled(index)
+        # Other filesystems are not known to take several calls at once.
+        for_each(read, _requests(ranges), self._num_threads if self._client in ("s3fs", "gcsfs") else 1)
 
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         folder = self._full(prefix.rstrip("/")) if prefix else self._root
@@ -167,15 +201,48 @@ class FsspecStorage:
             self._open()
         return self._opened
 
+    def _obstore(self) -> ObstoreBucket | None:
+        """Who moves the bytes if not fsspec; decided at the first file, as credentials may take a while to find."""
+        filesystem = self._filesystem
+        with self._deciding:
+            if not self._is_decided:
+                with named_client_errors(self._what("open", "")):
+                    try:
+                        self._bucket = ObstoreBucket.open(filesystem, self._root)
+                    except UntranslatableError as exc:
+                        self.client_reason = str(exc)
+                self._is_decided = True
+            return self._bucket
+
     def _open(self) -> None:
         self._pid = os.getpid()
+        self._bucket = None
+        self._deciding = threading.Lock()
+        self._reading = threading.BoundedSemaphore(self._num_threads)
         with named_client_errors(self._what("open", "")):
             self._opened, root = _open_filesystem(self._full_url, self._options)
         self._root = str(root).rstrip("/")
         self._client = type(self._opened).__module__.partition(".")[0]
+        self._is_decided = self._client != "s3fs" or self._transfer == "fsspec"
+        self.client_reason = "transfer='fsspec'" if self._transfer == "fsspec" else ""
+        if self._client != "s3fs":
+            self.client_reason = f"obstore moves the bytes of s3:// alone, this is {get_protocol(self._full_url)}://"
         if self._client == "s3fs":
             # botocore keeps 10: a part that waits for a connection looks like one that nobody reads.
             self._opened.config_kwargs = {"max_pool_connections": S3_CONNECTIONS, **self._opened.config_kwargs}
+
+    def _fetch(self, bucket: ObstoreBucket | None, full: str, start: int, end: int, what: str) -> memoryview:
+        """Fewer bytes where the file ends before `end`, or EOFError."""
+        filesystem = self._filesystem
+        try:
+            with named_client_errors(what):
+                if bucket:
+                    return bucket.read(filesystem.split_path(full)[1], start, end)
+                return memoryview(filesystem.cat_file(full, start=start, end=end))
+        except OSError as exc:
+            if exc.errno == OUT_OF_RANGE:
+                raise EOFError(f"{what}: the file is shorter than the {end} bytes asked for") from exc
+            raise
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{check_path(path)}"
@@ -277,38 +344,26 @@ def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     return filesystem, root
 
 
-_Request = tuple[int, int, list[tuple[int, memoryview]]]
+_Request = tuple[int, int, list[tuple[int, memoryview, int]]]
 
 
 def _requests(ranges: Sequence[tuple[int, memoryview]]) -> Iterator[_Request]:
-    """(start, end, [(offset, view)]): large views cut, near ones fetched together, in the order of the file."""
+    """(start, end, [(offset, view, index)]): large views cut, near ones fetched together, in the order of the file."""
     pieces = [
-        (offset + at, view[at : at + READ_BYTES]) for offset, view in ranges for at in range(0, len(view), READ_BYTES)
+        (offset + at, view[at : at + READ_BYTES], index)
+        for index, (offset, view) in enumerate(ranges)
+        for at in range(0, len(view), READ_BYTES)
     ]
     pieces.sort(key=lambda piece: piece[0])
     request: _Request | None = None
-    for start, view in pieces:
-        end = start + len(view)
+    for piece in pieces:
+        start, end = piece[0], piece[0] + len(piece[1])
         if request and start <= request[1] + READ_GAP_BYTES and end <= request[0] + READ_BYTES:
-            request[2].append((start, view))
+            request[2].append(piece)
             request = (request[0], max(end, request[1]), request[2])
             continue
         if request:
             yield request
-        request = (start, end, [(start, view)])
+        request = (start, end, [piece])
     if request:
         yield request
-
-
-def _batches(requests: Iterable[_Request]) -> Iterator[list[_Request]]:
-    """As many at a time as may be held in memory."""
-    batch: list[_Request] = []
-    room = MAX_READ_IN_FLIGHT_BYTES
-    for request in requests:
-        room -= request[1] - request[0]
-        if batch and room < 0:
-            yield batch
-            batch, room = [], MAX_READ_IN_FLIGHT_BYTES - (request[1] - request[0])
-        batch.append(request)
-    if batch:
-        yield batch

@@ -37,6 +37,8 @@ class LocalStorage:
     """
 
     max_file_bytes = 1 << 40  # ext4 ends at 16 TiB
+    client = "os"
+    client_reason = ""
 
     def __init__(self, url: str, *, num_threads: int | None = None) -> None:
         from fsspec.implementations.local import LocalFileSystem  # knows file://, ~ and relative paths

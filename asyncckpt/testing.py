@@ -52,6 +52,14 @@ class RecordingStorage:
         self.max_file_bytes = inner.max_file_bytes
         self.calls: list[Call] = []
 
+    @property
+    def client(self) -> str:
+        return self.inner.client
+
+    @property
+    def client_reason(self) -> str:
+        return self.inner.client_reason
+
     def count(self, verb: str) -> int:
         return sum(call.verb == verb for call in self.calls)
 

@@ -65,10 +65,16 @@ class TestMemoryStorage(StorageTests):
         return lambda: open_storage(memory_url)
 
 
-class TestS3Storage(StorageTests):
+class TestS3StorageByS3fs(StorageTests):
     @pytest.fixture
     def open_storage(self, s3_url, s3_options):
-        return lambda: open_s3(s3_url, s3_options | {"session": _session})
+        return lambda: open_s3(s3_url, s3_options | {"session": _session}, transfer="fsspec")
+
+
+class TestS3StorageByObstore(StorageTests):
+    @pytest.fixture
+    def open_storage(self, s3_url, s3_options):
+        return lambda: open_s3(s3_url, s3_options | {"session": _session}, transfer="obstore")
 
 
 class TestGcsStorage(StorageTests):
@@ -91,9 +97,9 @@ class TestStorageWrappers(StorageTests):
         return wrapped
 
 
-def open_s3(url: str, options: dict[str, Any]) -> FsspecStorage:
+def open_s3(url: str, options: dict[str, Any], transfer: Any = "auto") -> FsspecStorage:
     """With the smallest parts that S3 allows."""
-    storage = open_storage(url, options)
+    storage = open_storage(url, options, transfer=transfer)
     assert isinstance(storage, FsspecStorage)
     storage.part_bytes = 5 * MIB
     return storage
@@ -459,7 +465,8 @@ def mounted(tmp_path: Path, kind: str, *options: str) -> Iterator[Path]:
 
 @pytest.fixture
 def s3(s3_url, s3_options) -> FsspecStorage:
-    return open_s3(s3_url, s3_options | {"session": _session})
+    """By s3fs alone."""
+    return open_s3(s3_url, s3_options | {"session": _session}, transfer="fsspec")
 
 
 @pytest.fixture
@@ -526,7 +533,7 @@ def test_s3_keeps_within_the_number_of_parts_that_s3_takes(s3, s3_calls, monkeyp
 
 def test_s3_never_has_more_requests_in_flight_than_asked_for(s3_url, s3_options, monkeypatch):
     """And takes no view before there is room for it."""
-    storage = open_storage(s3_url, s3_options, num_threads=2)
+    storage = open_storage(s3_url, s3_options, num_threads=2, transfer="fsspec")
     storage.part_bytes = 5 * MIB
     in_flight, most = 0, 0
 
@@ -639,7 +646,7 @@ def test_s3_gives_up_on_a_server_that_stops_reading(monkeypatch):
             "endpoint_url": f"http://127.0.0.1:{deaf.getsockname()[1]}",
             "config_kwargs": {"read_timeout": 0.2, "s3": {"payload_signing_enabled": False}},
         }
-        storage = open_storage("s3://bucket/run", options)
+        storage = open_storage("s3://bucket/run", options, transfer="fsspec")
         with pytest.raises(TimeoutError, match="write file at s3://bucket/run: the server took nothing"):
             storage.write_file("file", 16 * MIB, iter([memoryview(bytes(16 * MIB))]))
 
