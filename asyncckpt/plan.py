@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from asyncckpt.errors import SaveError
 from asyncckpt.framing import encode_object
-from asyncckpt.manifest import Keys, keys_of
+from asyncckpt.manifest import Keys, Numbers, keys_of
 from asyncckpt.objects import check_object
 from asyncckpt.ranks import Ranks
 from asyncckpt.shard_layout import ShardLayout
@@ -104,7 +104,7 @@ class Plan:
     metadata: Metadata | None
     objects: Mapping[str, Path]
     layout: ShardLayout | None = None
-    places: Sequence[tuple[int, int]] | None = None
+    places: Numbers | None = None
 
     @cached_property
     def written_objects(self) -> list[Path | None]:

@@ -14,27 +14,32 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from asyncckpt.framing import BLOCK_BYTES, Layout, PayloadCrc, crc32, crc32_combine, frame_of
-from asyncckpt.manifest import Checksums, ChunkTable, FileRecord
-from asyncckpt.shard_layout import Run, ShardFile, ShardLayout
+from asyncckpt.manifest import Checksums, ChunkTable, FileRecord, Numbers
+from asyncckpt.shard_layout import REGION_BYTES, Run, ShardFile, ShardLayout
 from asyncckpt.storage import Storage
 
 VIEW_BYTES = 4 * BLOCK_BYTES
 """Payload bytes checksummed ahead of being handed to storage; 16 MiB is also what O_DIRECT and multipart like."""
-REGION_BYTES = 2 * 1024 * 1024
 PARALLEL_FILES = 4
+
+
+Places: TypeAlias = Numbers
+"""[start, stop) of each of a plan's tensors in a buffer; a row for each item."""
 
 
 class Payloads(Protocol):
     """The bytes of a plan's tensors, by row. What it gives stays unchanged until the write is over."""
 
-    def small(self, rows: Sequence[int]) -> list[memoryview]: ...
+    def small(self, rows: Sequence[int], target: np.ndarray) -> list[memoryview]:
+        """Of tensors of one size; copied to the rows of `target`, too."""
+        ...
 
     def large(self, row: int) -> Iterator[memoryview]:
         """In views of VIEW_BYTES."""
@@ -96,8 +101,10 @@ class Resolved:
         indices = [item.index for item in items]
         return ShardLayout(indices, layouts, same_as, rank=rank, max_file_bytes=max_file_bytes)
 
-    def small(self, rows: Sequence[int]) -> list[memoryview]:
-        return [self._view(row) for row in rows]
+    def small(self, rows: Sequence[int], target: np.ndarray) -> list[memoryview]:
+        views = [self._view(row) for row in rows]
+        _copy_each(views, target)
+        return views
 
     def large(self, row: int) -> Iterator[memoryview]:
         return _in_views(self._view(row))
@@ -107,8 +114,8 @@ class Resolved:
         assert tensor is not None
         return payload_view(tensor)
 
-    def places_in(self, memory: memoryview) -> list[tuple[int, int]]:
-        """[start, stop) of each tensor in `memory`, in which all lie; (0, 0) for an object."""
+    def places_in(self, memory: memoryview) -> Places:
+        """[start, stop) of each tensor in `memory`, in which all lie; (0, 0) for an object. A row for each item."""
         base, places = np.frombuffer(memory, np.uint8).ctypes.data, []
         for tensor in self.tensors:
             if tensor is None or not tensor.numel():
@@ -118,7 +125,7 @@ class Resolved:
             if not 0 <= start <= len(memory) - tensor.nbytes:
                 raise RuntimeError("a staged tensor lies outside of its snapshot's memory: please report it")
             places.append((start, start + tensor.nbytes))
-        return places
+        return np.array(places, np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +134,24 @@ class StagedPayloads:
     them, are there."""
 
     memory: memoryview
-    places: Sequence[tuple[int, int]]
+    places: Places
     wait_for: Callable[[int, int], None]
     wait: Callable[[], None]
 
-    def small(self, rows: Sequence[int]) -> list[memoryview]:
+    def small(self, rows: Sequence[int], target: np.ndarray) -> list[memoryview]:
         self.wait()  # they come after the large ones, so there is hardly anything to wait for
-        memory, places = self.memory, self.places
-        return [memory[start:stop] for start, stop in [places[row] for row in rows]]
+        memory, places = self.memory, self.places[rows]
+        views = [memory[start:stop] for start, stop in places.tolist()]
+        steps = np.diff(places[:, 0])
+        if len(steps) and (steps == steps[0]).all():  # in one call, without the GIL
+            first = np.frombuffer(views[0], np.uint8)
+            target[:] = np.lib.stride_tricks.as_strided(first, target.shape, (int(steps[0]), 1), writeable=False)
+        else:
+            _copy_each(views, target)
+        return views
 
     def large(self, row: int) -> Iterator[memoryview]:
-        start, stop = self.places[row]
+        start, stop = self.places[row].tolist()
         for view in _in_views(self.memory[start:stop]):
             self.wait_for(start, start + len(view))
             start += len(view)
@@ -168,6 +182,11 @@ def payload_view(tensor: torch.Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+def _copy_each(views: Sequence[memoryview], target: np.ndarray) -> None:
+    for row, view in zip(target, views, strict=True):
+        row[:] = np.frombuffer(view, np.uint8)
 
 
 def _in_views(payload: memoryview) -> Iterator[memoryview]:
@@ -270,24 +289,18 @@ class _Writing:
         yield _counted(memoryview(frame.tail_with(payload.value)), checksum)
 
     def _small(self, run: Run, checksum: _Checksum) -> Iterator[memoryview]:
-        """Items that are put together in a buffer, as many at a time as fit."""
-        frame = frame_of(run.layout)
-        at_once = max(1, REGION_BYTES // frame.num_bytes)
+        """Items that are put together in a buffer."""
+        frame, rows = frame_of(run.layout), run.rows
+        region = self._regions.take(len(rows) * frame.num_bytes)
+        items = np.frombuffer(region, np.uint8).reshape(len(rows), frame.num_bytes)
         start, stop = len(frame.head), len(frame.head) + frame.payload_bytes
-        for first in range(0, len(run.rows), at_once):
-            rows = run.rows[first : first + at_once]
-            region = self._regions.take(len(rows) * frame.num_bytes)
-            payloads = self._payloads.small(rows)
-            for at, payload in zip(range(start, len(region), frame.num_bytes), payloads, strict=True):
-                region[at : at + frame.payload_bytes] = payload
-            crcs = np.fromiter(map(crc32, payloads), np.uint32, len(rows))
-            items = np.frombuffer(region, np.uint8).reshape(len(rows), frame.num_bytes)
-            items[:, :start] = np.frombuffer(frame.head, np.uint8)
-            items[:, stop:] = np.frombuffer(frame.tail, np.uint8)
-            for at in frame.crc_at:
-                items[:, stop + at : stop + at + 4] = crcs.astype("<u4").view(np.uint8).reshape(-1, 4)
-            self.crc32[rows], self.item_crc32[rows] = crcs, frame.item_crc32s(crcs)
-            yield _counted(region, checksum)
+        crcs = np.fromiter(map(crc32, self._payloads.small(rows, items[:, start:stop])), np.uint32, len(rows))
+        items[:, :start] = np.frombuffer(frame.head, np.uint8)
+        items[:, stop:] = np.frombuffer(frame.tail, np.uint8)
+        for at in frame.crc_at:
+            items[:, stop + at : stop + at + 4] = crcs.astype("<u4").view(np.uint8).reshape(-1, 4)
+        self.crc32[rows], self.item_crc32[rows] = crcs, frame.item_crc32s(crcs)
+        yield _counted(region, checksum)
 
 
 def _counted(view: memoryview, checksum: _Checksum) -> memoryview:

@@ -18,12 +18,17 @@ from asyncckpt.manifest import Numbers, Placement
 
 ALIGNED_PAYLOAD_BYTES = 1024 * 1024
 """From this size on a payload starts on a page of the file; smaller ones are copied anyway."""
+REGION_BYTES = 2 * 1024 * 1024
+"""Of small items put together in one buffer, which goes out as it lies if it starts on a page of the file."""
+ALIGNED_RUN_BYTES = 64 * 1024
+"""From this size on a run starts on a page. Storage gathers smaller pieces anyway."""
 PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Items of one layout, each right behind the other; a large one is alone. rows: their numbers in the plan."""
+    """Items of one layout, each right behind the other, no more than fit into a region; a large one is alone.
+    rows: their numbers in the plan."""
 
     layout: Layout
     rows: Sequence[int]
@@ -83,9 +88,12 @@ class ShardLayout:
         frame = frame_of(layout)
         while rows:
             file = self._file_with_room(self._tensor_files, frame.num_bytes)
-            run = Run(layout, rows[: max(1, (self._max_file_bytes - file.size) // frame.num_bytes)], file.size)
+            room = min(REGION_BYTES, self._max_file_bytes - file.size - PAGE_BYTES)
+            run = Run(layout, rows[: max(1, room // frame.num_bytes)], file.size)
             if run.is_large:
-                run = replace(run, offset=file.size + -(file.size + len(frame.head)) % PAGE_BYTES)
+                run = replace(run, offset=_next_page(file.size + len(frame.head)) - len(frame.head))
+            elif len(run.rows) * frame.num_bytes >= ALIGNED_RUN_BYTES:
+                run = replace(run, offset=_next_page(file.size))
             file.runs.append(run)
             file.size = run.offset + len(run.rows) * frame.num_bytes
             rows = rows[len(run.rows) :]
@@ -94,6 +102,10 @@ class ShardLayout:
         if not files or files[-1].size + num_bytes > self._max_file_bytes:
             files.append(ShardFile(f"__{self._rank}_{len(files)}.distcp"))
         return files[-1]
+
+
+def _next_page(position: int) -> int:
+    return position + -position % PAGE_BYTES
 
 
 def _runs(layouts: Sequence[Layout | None], same_as: Sequence[int]) -> Iterator[tuple[Layout, Sequence[int]]]:
