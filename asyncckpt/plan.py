@@ -8,10 +8,10 @@ manager.py; writing is shard.py's job, reading restore.py's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -29,8 +29,7 @@ from stagers import StateDict
 Path: TypeAlias = tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A leaf of a nested state dict, and where it hangs: `container[key] is value`."""
 
     value: Any
@@ -47,24 +46,26 @@ def leaves(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:
 
 def _named(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Leaf]]:
     found: dict[str, tuple[Path, Leaf]] = {}
-    for path, leaf in _walk((), state_dict):
-        fqn = ".".join(map(str, path))
-        if fqn in found:
+    _collect(found, "", (), state_dict)
+    return found
+
+
+def _collect(found: dict[str, tuple[Path, Leaf]], prefix: str, path: Path, container: Any) -> None:
+    entries = container.items() if isinstance(container, Mapping) else enumerate(container)
+    for key, value in entries:
+        fqn = f"{prefix}{key!s}"
+        # Tensors first: asking for a Mapping costs more than all the rest.
+        if not isinstance(value, torch.Tensor) and (
+            isinstance(value, Mapping) or (isinstance(value, list) and _is_split(value))
+        ):
+            _collect(found, f"{fqn}.", (*path, key), value)
+        elif fqn in found:
             raise ValueError(
                 f"two values of the state dict flatten to the key {fqn!r}: checkpoint keys join the path with dots. "
                 "Nothing was written. Rename one of the two."
             )
-        found[fqn] = path, leaf
-    return found
-
-
-def _walk(path: Path, container: Any) -> Iterator[tuple[Path, Leaf]]:
-    entries = container.items() if isinstance(container, Mapping) else enumerate(container)
-    for key, value in entries:
-        if isinstance(value, Mapping) or (isinstance(value, list) and _is_split(value)):
-            yield from _walk((*path, key), value)
         else:
-            yield (*path, key), Leaf(value, container, key)
+            found[fqn] = (*path, key), Leaf(value, container, key)
 
 
 def _is_split(values: list[Any]) -> bool:

@@ -9,9 +9,10 @@ several chunks, subclasses) to read_items.py.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from asyncckpt.framing import crc32
 from asyncckpt.local_file import address_of
-from asyncckpt.manifest import ChunkTable, Numbers
+from asyncckpt.manifest import ChunkTable, Keys, Manifest, Numbers
 from asyncckpt.read import COALESCE_GAP_BYTES, RUN_BYTES, Read, carry_out, direct_reads, flat_bytes, has_strides, verify
 from asyncckpt.storage import Storage
 
@@ -47,6 +48,9 @@ class Whole:
     tensors: Sequence[torch.Tensor | None]
     address: Numbers
     on_cpu: npt.NDArray[np.bool_]
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """One thread at a time delivers small tensors. That is Python: threads that lose the GIL at each checksum, and wait
+    for it, take twice the time."""
 
     @cached_property
     def file(self) -> Numbers:
@@ -62,32 +66,41 @@ class Whole:
         return self.chunks.placement.payload_bytes[self.chunk]
 
 
-def find_whole(chunks: ChunkTable, wanted: Mapping[str, Any]) -> tuple[Whole, dict[str, Any]]:
-    """What of `wanted`, {key: value}, is read whole, and the rest. Shapes and dtypes are those that were saved."""
-    only, layouts = _only_chunks(chunks), chunks.placement.layout.tolist()
-    forms = [(x, x.torch_dtype, x.shape, x.is_contiguous) for x, _ in chunks.placement.layouts]
+def find_whole(manifest: Manifest, keys: Keys, wanted: Mapping[str, Any]) -> tuple[Whole, dict[str, Any]]:
+    """What of `wanted`, {key: value}, is read whole, and the rest. Tensors have the dtype and shape that `keys` say."""
+    chunks, number_of = manifest.chunks, _whole_chunks(manifest.chunks, keys)
+    layout_of = chunks.placement.layout.tolist()
+    layouts = [layout for layout, _ in chunks.placement.layouts]
+    is_contiguous = [layout.is_contiguous for layout in layouts]
     accelerator = _accelerator()
-    found: list[tuple[str, int, torch.Tensor | None, int, bool]] = []
+    found: list[str] = []
+    numbers: list[int] = []
+    tensors: list[torch.Tensor | None] = []
+    addresses: list[int] = []
+    places: list[bool] = []
     rest: dict[str, Any] = {}
     for key, value in wanted.items():
-        number = only.get(key, -1)
+        number = number_of.get(key, -1)
         if number < 0:
             rest[key] = value
-        elif layouts[number] < 0:
-            found.append((key, number, None, 0, False))
-        else:
-            layout, dtype, shape, is_contiguous = forms[layouts[number]]
-            on_cpu = value.is_cpu
-            is_whole = _is_plain(value) and value.shape == shape and value.dtype is dtype
-            if not is_whole or not (on_cpu or value.device.type == accelerator):
+            continue
+        address, on_cpu, tensor = 0, False, None
+        if (layout := layout_of[number]) >= 0:
+            tensor, on_cpu = value, value.is_cpu
+            is_plain = type(value) in PLAIN and value.layout is torch.strided
+            if not is_plain or not (on_cpu or value.device.type == accelerator):
                 rest[key] = value
-            else:
-                as_it_is = (is_contiguous and value.is_contiguous()) or has_strides(value, layout)
-                address = value.data_ptr() if as_it_is and not value.is_neg() and not value.is_conj() else 0
-                found.append((key, number, value, address, on_cpu))
-    keys, numbers, tensors, addresses, places = zip(*found, strict=True) if found else ((),) * 5
+                continue
+            as_it_is = is_contiguous[layout] and value.is_contiguous()
+            if (as_it_is or has_strides(value, layouts[layout])) and not value.is_neg() and not value.is_conj():
+                address = value.data_ptr()
+        found.append(key)
+        numbers.append(number)
+        tensors.append(tensor)
+        addresses.append(address)
+        places.append(on_cpu)
     columns = np.array(numbers, np.int64), tensors, np.array(addresses, np.int64), np.array(places, np.bool_)
-    return Whole(chunks, keys, *columns), rest
+    return Whole(chunks, found, *columns), rest
 
 
 def read_whole(storage: Storage, folder: str, whole: Whole) -> tuple[int, dict[str, bytes]]:
@@ -102,22 +115,24 @@ def read_whole(storage: Storage, folder: str, whole: Whole) -> tuple[int, dict[s
     return int(whole.size.sum()), objects
 
 
-def _only_chunks(chunks: ChunkTable) -> dict[str, int]:
-    """{key: the number of its chunk}, -1 if there are several."""
+def _whole_chunks(chunks: ChunkTable, keys: Keys) -> dict[str, int]:
+    """{key: the number of its chunk}, -1 if there are several or it is not all of its tensor."""
     place = chunks.placement
+    if not len(place):
+        return {}
     numbers = np.full(len(place.fqns), -1)
     numbers[place.key] = np.arange(len(place))
     numbers[np.bincount(place.key, minlength=len(place.fqns)) > 1] = -1
+    forms = {kind: number for number, kind in enumerate(keys.kinds)}
+    form_of_layout = np.array([*(forms.get((x.dtype, x.shape), -2) for x, _ in place.layouts), -1])
+    kind = keys.kind if place.fqns is keys.fqns else keys.kind[[keys.number[fqn] for fqn in place.fqns]]
+    numbers[form_of_layout[place.layout[numbers]] != kind] = -1
     return dict(zip(place.fqns, numbers.tolist(), strict=True))
 
 
 def _accelerator() -> str | None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device.type if device else None
-
-
-def _is_plain(value: torch.Tensor) -> bool:
-    return type(value) in PLAIN and value.layout is torch.strided
 
 
 def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
@@ -167,27 +182,31 @@ def _runs(whole: Whole, positions: Numbers) -> list[Numbers]:
 
 def _read_of(url: str, path: str, whole: Whole, run: Numbers, objects: dict[str, bytes]) -> Read:
     """A run as one read: verify each payload, then copy it to where it belongs."""
-    first = int(whole.start[run[0]])
-    start = whole.start[run] - first
-    stop = start + whole.size[run]
-    in_memory = (whole.address[run] > 0) & whole.on_cpu[run]
-    tensors = map(whole.tensors.__getitem__, run[~whole.on_cpu[run]].tolist())
-    device = next((tensor.device for tensor in tensors if tensor is not None), None)
+    first, stop = int(whole.start[run[0]]), int((whole.start[run] + whole.size[run]).max())
+    elsewhere = map(whole.tensors.__getitem__, run[~whole.on_cpu[run]].tolist())
+    device = next((tensor.device for tensor in elsewhere if tensor is not None), None)
 
     def take(view: memoryview) -> None:
-        pieces = list(map(view.__getitem__, map(slice, start.tolist(), stop.tolist())))
-        expected = whole.chunks.crc32[whole.chunk[run]].tolist()
-        if list(map(crc32, pieces)) != expected:
-            for position, piece, crc in zip(run.tolist(), pieces, expected, strict=True):
-                verify(url, path, whole.keys[position], int(whole.start[position]), crc, piece)
-        sources = start[in_memory] + address_of(view)
-        columns = whole.address[run][in_memory], sources, whole.size[run][in_memory]
-        deque(map(_memmove, *(column.tolist() for column in columns)), maxlen=0)
-        for number in np.flatnonzero(~in_memory).tolist():
-            _deliver(whole, int(run[number]), pieces[number], objects)
+        with whole.turn:
+            _take_run(url, path, whole, run, view, objects)
 
     keys = [whole.keys[position] for position in run[:4].tolist()]
-    return Read(path, first, int(stop.max()), take, keys, device=device)
+    return Read(path, first, stop - first, take, keys, device=device)
+
+
+def _take_run(url: str, path: str, whole: Whole, run: Numbers, view: memoryview, objects: dict[str, bytes]) -> None:
+    start = whole.start[run] - whole.start[run[0]]
+    stop = start + whole.size[run]
+    pieces = list(map(view.__getitem__, map(slice, start.tolist(), stop.tolist())))
+    expected = whole.chunks.crc32[whole.chunk[run]].tolist()
+    if list(map(crc32, pieces)) != expected:
+        for position, piece, crc in zip(run.tolist(), pieces, expected, strict=True):
+            verify(url, path, whole.keys[position], int(whole.start[position]), crc, piece)
+    in_memory = (whole.address[run] > 0) & whole.on_cpu[run]
+    columns = whole.address[run], start + address_of(view), whole.size[run]
+    deque(map(_memmove, *(column[in_memory].tolist() for column in columns)), maxlen=0)
+    for number in np.flatnonzero(~in_memory).tolist():
+        _deliver(whole, int(run[number]), pieces[number], objects)
 
 
 def _deliver(whole: Whole, position: int, piece: memoryview, objects: dict[str, bytes]) -> None:

@@ -194,7 +194,7 @@ def prepare(
         planner = _SafeLoadPlanner(safe_globals)
         planned = _plan(planner, target, step.metadata, is_coordinator, planner)
     else:
-        whole, rest = find_whole(step.manifest.chunks, {fqn: leaf.value for fqn, leaf in targets.items()})
+        whole, rest = find_whole(step.manifest, step.keys, {fqn: leaf.value for fqn, leaf in targets.items()})
         if rest:
             planner = _SafeLoadPlanner(safe_globals)
             planned = _plan(planner, rest, _metadata_of_some(step.manifest, rest), is_coordinator, planner)
@@ -250,7 +250,7 @@ def _compare(targets: Mapping[str, Leaf], keys: Keys, where: str, check_missing:
             continue
         kind = kind_of[number]
         # First what holds for nearly all, in half a microsecond.
-        if type(value) in PLAIN and kind >= 0 and (value.dtype, value.shape) == kinds[kind] and not _is_expanded(value):
+        if kind >= 0 and type(value) in PLAIN and (value.dtype, value.shape) == kinds[kind] and _is_contiguous(value):
             continue
         if difference := _difference(keys[fqn], value):
             problems.append(f"{fqn!r}: {difference}")
@@ -271,15 +271,15 @@ def _difference(saved: Key, value: Any) -> str:
         return f"{found}, {type(value).__name__} in the state dict"
     if saved.shape != tuple(value.size()) or f"torch.{saved.dtype}" != str(value.dtype):
         return f"{found}, {_describe(value)} in the state dict"
-    if not isinstance(value, DTensor | ShardedTensor) and _is_expanded(value):
+    if isinstance(value, DTensor | ShardedTensor):
+        return ""
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
         return f"{found}; an expanded tensor cannot be filled in place, give a contiguous one"
     return ""
 
 
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    if tensor.layout is torch.strided and tensor.is_contiguous():
-        return False
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+def _is_contiguous(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.is_contiguous()
 
 
 def _describe(tensor: torch.Tensor) -> str:
