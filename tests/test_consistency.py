@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -191,3 +193,27 @@ def test_a_torn_copy_is_never_committed(tmp_path: pathlib.Path, make_stager: Cal
             found = target_like(before)
             manager.restore(1, {"model": found})
             assert_same(before, found)
+
+
+def test_a_save_that_ctrl_c_interrupts_is_of_the_moment_it_was_called(tmp_path, make_stager):
+    """Its caller goes on with the state while the writer is still at the data."""
+    state = {"w": torch.ones(1_000_000), "small": torch.ones(3)}
+    with CheckpointManager(str(tmp_path), 1, stager=make_stager()) as manager:
+        gate = manager._saver.storage = GatedStorage(manager._storage, "write_file")
+
+        def interrupt() -> None:
+            gate.wait_reached()
+            signal.raise_signal(signal.SIGINT)
+
+        interrupter = threading.Thread(target=interrupt)
+        with gate:
+            interrupter.start()
+            with pytest.raises(KeyboardInterrupt):
+                manager.save(5, state)
+            for tensor in state.values():
+                tensor.fill_(2)
+        interrupter.join()
+        manager.join()
+        found = target_like(state)
+        manager.restore(5, found)
+    assert all(tensor.eq(1).all() for tensor in found.values())
