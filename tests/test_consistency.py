@@ -203,7 +203,7 @@ def test_a_save_that_ctrl_c_interrupts_is_of_the_moment_it_was_called(tmp_path, 
 
         def interrupt() -> None:
             gate.wait_reached()
-            signal.raise_signal(signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes that thread from its wait
 
         interrupter = threading.Thread(target=interrupt)
         with gate:
