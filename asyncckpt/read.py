@@ -73,20 +73,23 @@ def carry_out(storage: Storage, reads: Iterable[Read]) -> None:
 def direct_reads(
     url: str, path: str, key: str, offset: int, tensor: torch.Tensor, crcs: Sequence[int]
 ) -> Iterator[Read]:
-    """The payload at `offset`, or whole blocks of one, into the memory of a dense tensor: each block with its checksum
-    is a read.
+    """The payload at `offset`, or whole blocks of one, right into the memory of a dense CPU tensor: a read for each
+    block, which has a checksum."""
+    memory = payload_view(tensor)
+    for at, crc in zip(range(0, len(memory), BLOCK_BYTES), crcs, strict=True):
+        view = memory[at : at + BLOCK_BYTES]
+        yield Read(path, offset + at, len(view), partial(verify, url, path, key, offset + at, crc), (key,), view)
 
-    On the CPU storage writes right into that memory; to an accelerator the blocks go through page-locked buffers.
-    """
-    on_cpu = tensor.device.type == "cpu"
-    memory = payload_view(tensor) if on_cpu else flat_bytes(tensor)
+
+def upload_reads(
+    url: str, path: str, key: str, offset: int, tensor: torch.Tensor, crcs: Sequence[int]
+) -> Iterator[Read]:
+    """The same into a tensor on an accelerator, through page-locked buffers."""
+    memory = flat_bytes(tensor)
     for at, crc in zip(range(0, len(memory), BLOCK_BYTES), crcs, strict=True):
         block = memory[at : at + BLOCK_BYTES]
-        check = partial(verify, url, path, key, offset + at, crc)
-        if isinstance(block, memoryview):
-            yield Read(path, offset + at, len(block), check, (key,), block)
-        else:
-            yield Read(path, offset + at, len(block), partial(_upload, check, block), (key,), device=tensor.device)
+        take = partial(_upload, partial(verify, url, path, key, offset + at, crc), block)
+        yield Read(path, offset + at, len(block), take, (key,), device=tensor.device)
 
 
 def _upload(check: Callable[[memoryview], None], target: torch.Tensor, view: memoryview) -> None:

@@ -23,7 +23,17 @@ import torch
 from asyncckpt.framing import crc32
 from asyncckpt.local_file import address_of
 from asyncckpt.manifest import ChunkTable, Keys, Manifest, Numbers
-from asyncckpt.read import COALESCE_GAP_BYTES, RUN_BYTES, Read, carry_out, direct_reads, flat_bytes, has_strides, verify
+from asyncckpt.read import (
+    COALESCE_GAP_BYTES,
+    RUN_BYTES,
+    Read,
+    carry_out,
+    direct_reads,
+    flat_bytes,
+    has_strides,
+    upload_reads,
+    verify,
+)
 from asyncckpt.storage import Storage
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -38,8 +48,8 @@ _memmove.restype = None
 class Whole:
     """What is to be read; columns of equal length. chunk: a number in `chunks`. tensors: None for an object.
 
-    address: of a tensor's memory, if the payload can go there as it is; else 0. `tensors` keeps it good. on_cpu: it is
-    the CPU's memory.
+    address: of a tensor's first element. on_cpu: that is the CPU's memory. reach: how many bytes from there on hold
+    elements; 0: the payload, as it is, is the tensor's memory.
     """
 
     chunks: ChunkTable
@@ -48,6 +58,7 @@ class Whole:
     tensors: Sequence[torch.Tensor | None]
     address: Numbers
     on_cpu: npt.NDArray[np.bool_]
+    reach: Numbers
     turn: threading.Lock = field(default_factory=threading.Lock)
     """One thread at a time delivers small tensors. That is Python: threads that lose the GIL at each checksum, and wait
     for it, take twice the time."""
@@ -65,6 +76,11 @@ class Whole:
     def size(self) -> Numbers:
         return self.chunks.placement.payload_bytes[self.chunk]
 
+    @cached_property
+    def is_direct(self) -> npt.NDArray[np.bool_]:
+        is_direct: npt.NDArray[np.bool_] = (self.address > 0) & (self.reach == 0)
+        return is_direct
+
 
 def find_whole(manifest: Manifest, keys: Keys, wanted: Mapping[str, Any]) -> tuple[Whole, dict[str, Any]]:
     """What of `wanted`, {key: value}, is read whole, and the rest. Tensors have the dtype and shape that `keys` say."""
@@ -78,29 +94,34 @@ def find_whole(manifest: Manifest, keys: Keys, wanted: Mapping[str, Any]) -> tup
     tensors: list[torch.Tensor | None] = []
     addresses: list[int] = []
     places: list[bool] = []
+    reaches: list[int] = []
     rest: dict[str, Any] = {}
     for key, value in wanted.items():
         number = number_of.get(key, -1)
         if number < 0:
             rest[key] = value
             continue
-        address, on_cpu, tensor = 0, False, None
+        tensor, address, on_cpu, reach = None, 0, False, 0
         if (layout := layout_of[number]) >= 0:
-            tensor, on_cpu = value, value.is_cpu
+            on_cpu = value.is_cpu
             is_plain = type(value) in PLAIN and value.layout is torch.strided
             if not is_plain or not (on_cpu or value.device.type == accelerator):
                 rest[key] = value
                 continue
-            as_it_is = is_contiguous[layout] and value.is_contiguous()
-            if (as_it_is or has_strides(value, layouts[layout])) and not value.is_neg() and not value.is_conj():
-                address = value.data_ptr()
+            tensor, address = value, value.data_ptr()
+            same = (is_contiguous[layout] and value.is_contiguous()) or has_strides(value, layouts[layout])
+            if not same or value.is_neg() or value.is_conj():
+                reach = _reach(value)
         found.append(key)
         numbers.append(number)
         tensors.append(tensor)
         addresses.append(address)
         places.append(on_cpu)
-    columns = np.array(numbers, np.int64), tensors, np.array(addresses, np.int64), np.array(places, np.bool_)
-    return Whole(chunks, found, *columns), rest
+        reaches.append(reach)
+    return Whole(
+        chunks, found, np.array(numbers, np.int64), tensors,
+        np.array(addresses, np.int64), np.array(places, np.bool_), np.array(reaches, np.int64),
+    ), rest  # fmt: skip
 
 
 def read_whole(storage: Storage, folder: str, whole: Whole) -> tuple[int, dict[str, bytes]]:
@@ -135,6 +156,11 @@ def _accelerator() -> str | None:
     return device.type if device else None
 
 
+def _reach(tensor: torch.Tensor) -> int:
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * stride for size, stride in dims) + 1) * tensor.element_size()
+
+
 def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
     """Positions that may be read at once; and those, each alone and in their order, whose targets share memory with
     others: tied tensors that were not tied when they were saved. Those that were are read once; empty ones never."""
@@ -142,11 +168,14 @@ def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
     used = used[np.lexsort((used, whole.start[used], whole.file[used], whole.address[used]))]
     columns = np.stack((whole.address[used], whole.file[used], whole.start[used]))
     is_same = np.zeros(len(used), np.bool_)
-    is_same[1:] = (columns[:, 1:] == columns[:, :-1]).all(axis=0) & (columns[0, 1:] > 0)
+    is_same[1:] = (
+        (columns[:, 1:] == columns[:, :-1]).all(axis=0) & whole.is_direct[used[1:]] & whole.is_direct[used[:-1]]
+    )
     used = used[~is_same]
-    ends = np.maximum.accumulate(whole.address[used] + whole.size[used] * (whole.address[used] > 0))
+    address = whole.address[used]
+    reach = np.where(whole.is_direct[used], whole.size[used], whole.reach[used])
     is_apart = np.ones(len(used), np.bool_)
-    is_apart[1:] = (whole.address[used[1:]] >= ends[:-1]) | (whole.address[used[1:]] == 0)
+    is_apart[1:] = (address[1:] >= np.maximum.accumulate(address + reach)[:-1]) | (address[1:] == 0)
     group = np.cumsum(is_apart) - 1
     is_alone = np.bincount(group, minlength=1)[group] == 1
     return used[is_alone], [np.array([position]) for position in sorted(used[~is_alone].tolist())]
@@ -154,13 +183,14 @@ def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
 
 def _reads(url: str, folder: str, whole: Whole, positions: Numbers, objects: dict[str, bytes]) -> Iterator[Read]:
     files, chunks = whole.chunks.placement.files, whole.chunks
-    is_large = (whole.size[positions] > COALESCE_GAP_BYTES) & (whole.address[positions] > 0)
+    is_large = (whole.size[positions] > COALESCE_GAP_BYTES) & whole.is_direct[positions]
     for position in positions[is_large].tolist():
         number, tensor = int(whole.chunk[position]), whole.tensors[position]
         assert tensor is not None
         crcs = chunks.blocks.get(number) or (int(chunks.crc32[number]),)
         path = f"{folder}/{files[whole.file[position]]}"
-        yield from direct_reads(url, path, whole.keys[position], int(whole.start[position]), tensor.detach(), crcs)
+        reads = direct_reads if whole.on_cpu[position] else upload_reads
+        yield from reads(url, path, whole.keys[position], int(whole.start[position]), tensor.detach(), crcs)
     for run in _runs(whole, positions[~is_large]):
         yield _read_of(url, f"{folder}/{files[whole.file[run[0]]]}", whole, run, objects)
 
@@ -202,7 +232,7 @@ def _take_run(url: str, path: str, whole: Whole, run: Numbers, view: memoryview,
     if list(map(crc32, pieces)) != expected:
         for position, piece, crc in zip(run.tolist(), pieces, expected, strict=True):
             verify(url, path, whole.keys[position], int(whole.start[position]), crc, piece)
-    in_memory = (whole.address[run] > 0) & whole.on_cpu[run]
+    in_memory = whole.is_direct[run] & whole.on_cpu[run]
     columns = whole.address[run], start + address_of(view), whole.size[run]
     deque(map(_memmove, *(column[in_memory].tolist() for column in columns)), maxlen=0)
     for number in np.flatnonzero(~in_memory).tolist():
@@ -213,7 +243,7 @@ def _deliver(whole: Whole, position: int, piece: memoryview, objects: dict[str, 
     tensor = whole.tensors[position]
     if tensor is None:
         objects[whole.keys[position]] = bytes(piece)
-    elif whole.address[position]:
+    elif whole.is_direct[position]:
         flat_bytes(tensor).copy_(torch.frombuffer(piece, dtype=torch.uint8), non_blocking=True)
     else:
         place = whole.chunks.placement

@@ -1,4 +1,4 @@
-"""Reading: how much is asked of storage, into which memory, and what is verified."""
+"""Reading load plans: how much is asked of storage, into which memory, and what is verified."""
 
 from __future__ import annotations
 
