@@ -39,7 +39,8 @@ def expand_per_rank(state_dict: Mapping[str, Any], rank: int, saved: Iterable[st
 
 def collect_per_rank(state_dict: dict[str, Any], loaded: Mapping[str, Any]) -> None:
     """Set every PerRank in `state_dict`, and all else that was copied, from what `expand_per_rank` made of it."""
-    of_ranks = {found[1]: value for key, value in loaded.items() if (found := _RANK_KEY.fullmatch(key))}
+    named = [key for key in loaded if "/rank_" in key]
+    of_ranks = {found[1]: loaded[key] for key in named if (found := _RANK_KEY.fullmatch(key))}
     for key, value in state_dict.items():
         if isinstance(value, PerRank):
             value.value = of_ranks[key]
@@ -53,7 +54,7 @@ def saved_ranks(keys: Iterable[str]) -> dict[str, set[int]]:
     """{key without rank: ranks that saved it} from flattened keys."""
     ranks: dict[str, set[int]] = {}
     for key in keys:
-        if found := _RANK_KEY.match(key):
+        if "/rank_" in key and (found := _RANK_KEY.match(key)):
             ranks.setdefault(found[1], set()).add(int(found[2]))
     return ranks
 
@@ -84,4 +85,8 @@ def _expand(node: Mapping[str, Any], prefix: str, rank: int, ranks: Mapping[str,
 
 
 def _holds_per_rank(node: Mapping[str, Any]) -> bool:
-    return any(isinstance(v, PerRank) or (isinstance(v, Mapping) and _holds_per_rank(v)) for v in node.values())
+    kinds = [kind for kind in set(map(type, node.values())) if issubclass(kind, PerRank | Mapping)]
+    if not kinds:  # a dict of tensors only, of which there may be thousands
+        return False
+    values = [value for value in node.values() if type(value) in kinds]
+    return any(isinstance(value, PerRank) or _holds_per_rank(value) for value in values)
