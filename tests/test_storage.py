@@ -35,6 +35,7 @@ from asyncckpt.storage import Storage, open_storage, redact
 from asyncckpt.storage_fsspec import FsspecStorage
 from asyncckpt.storage_local import LocalStorage
 from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage, StorageTests, cut_views
+from tests.s3 import open_s3, uploads_left
 
 MIB = 1 << 20
 # Shared by the clients of S3 here: each would parse botocore's model of S3 again, 0.2 s.
@@ -95,14 +96,6 @@ class TestStorageWrappers(StorageTests):
             return RecordingStorage(gated)
 
         return wrapped
-
-
-def open_s3(url: str, options: dict[str, Any], transfer: Any = "auto") -> FsspecStorage:
-    """With the smallest parts that S3 allows."""
-    storage = open_storage(url, options, transfer=transfer)
-    assert isinstance(storage, FsspecStorage)
-    storage.part_bytes = 5 * MIB
-    return storage
 
 
 @pytest.fixture
@@ -495,13 +488,6 @@ def around_s3(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch, method: s
     monkeypatch.setattr(storage._filesystem, "_call_s3", changed)
 
 
-def uploads_left(storage: FsspecStorage) -> list[str]:
-    """Keys of the multipart uploads that are open below the storage's root."""
-    bucket, prefix, _ = storage._filesystem.split_path(storage.url)
-    answer = storage._filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
-    return [upload["Key"] for upload in answer.get("Uploads", [])]
-
-
 def test_s3_sends_a_small_file_in_one_put(s3, s3_calls):
     """Of up to one part."""
     s3.write_file("file", 5 * MIB, cut_views(os.urandom(5 * MIB), 9))
@@ -686,19 +672,21 @@ ACTIONS: list[Callable[[Storage], Any]] = [
 ]
 
 
-def test_s3_without_the_bucket_is_a_file_not_found_error_that_names_it(s3_options):
+@pytest.mark.parametrize("transfer", ["obstore", "fsspec"])
+def test_s3_without_the_bucket_is_a_file_not_found_error_that_names_it(s3_options, transfer):
     """Whatever is asked of it."""
-    storage = open_s3("s3://no-such-bucket/run", s3_options)
+    storage = open_s3("s3://no-such-bucket/run", s3_options, transfer=transfer)
     for act in ACTIONS:
         with pytest.raises(FileNotFoundError, match="s3://no-such-bucket/run: NoSuchBucket"):
             act(storage)
 
 
-def test_s3_with_a_wrong_secret_is_a_permission_error_without_the_secret(s3_url, s3_options, s3_server):
+@pytest.mark.parametrize("transfer", ["obstore", "fsspec"])
+def test_s3_with_a_wrong_secret_is_a_permission_error_without_the_secret(s3_url, s3_options, s3_server, transfer):
     """Whatever is asked of it."""
     if s3_server.name == "moto":
         pytest.skip("moto takes any secret")
-    storage = open_s3(s3_url, s3_options | {"secret": "wrong-secret"})
+    storage = open_s3(s3_url, s3_options | {"secret": "wrong-secret"}, transfer=transfer)
     for act in ACTIONS:
         with pytest.raises(PermissionError, match=r"SignatureDoesNotMatch|403") as raised:
             act(storage)
