@@ -87,12 +87,14 @@ def pickle_metadata(keys: Mapping[str, Key], chunks: ChunkTable, attempt: str, s
     The same manifest gives the same bytes, so a lost or stale file can be made again and still has the checksum that
     the manifest states. Written opcode by opcode, as calls of torch's own classes: pickle.dumps takes 46 us per chunk,
     and the order of a constructor's arguments is what versions of torch change least. What differs from save to save
-    comes first; the rest is kept while keys and placement stay.
+    comes last; the rest is kept with `keys`.
     """
-    keys, placement = Keys.of(keys), chunks.placement
-    names = [_string(f"{attempt}/{placement.files[number]}") + _KEEP for number in placement.files_in_use]
-    rest = placement.kept("stock", keys, placement.files, lambda: _pickled_rest(keys, placement))
-    return b"".join([_PROLOGUE, _string(save_id), _KEEP, *names, rest])
+    keys, at = Keys.of(keys), chunks.placement
+    contents = at.fqns, at.key, at.offsets, at.layouts, at.layout
+    start, entry, num_values = keys.kept.get("stock", contents, lambda: _pickled_contents(keys, at))
+    places = keys.kept.get("stock places", (at,), lambda: _pickled_places(at, entry, num_values))
+    files = [_string(f"{attempt}/{file}") + _KEEP for file in at.files]
+    return b"".join([start, *files, places, _class(StorageMeta), _NONE, _string(save_id), _CALL2, _CALL, _STOP])
 
 
 # Opcodes, by their names in pickletools.
@@ -100,7 +102,7 @@ _GET, _LONG8 = b"j", b"\x8a\x08"  # LONG_BINGET and 4 bytes; LONG1 and 8 bytes
 _KEEP = b"\x940"  # MEMOIZE, POP: kept in the memo under the next number instead of used where it stands
 _CALL1, _CALL2, _CALL3, _CALL = b"\x85R", b"\x86R", b"\x87R", b"tR"  # TUPLE1, TUPLE2, TUPLE3, TUPLE; REDUCE
 _MARK, _TUPLE, _DICT, _SETITEMS, _LIST, _APPENDS = b"(", b"t", b"}(", b"u", b"](", b"e"  # a dict, a list: with MARK
-_EMPTY_CALL, _NONE, _STOP = b")R", b"N", b"."  # EMPTY_TUPLE, REDUCE
+_EMPTY_CALL, _NONE, _START, _STOP = b")R", b"N", b"\x80\x04", b"."  # EMPTY_TUPLE, REDUCE; NONE; PROTO 4; STOP
 _UINT32 = struct.Struct("<I")
 
 
@@ -145,23 +147,20 @@ _CLASSES = (
     torch.Size,
 )  # fmt: skip
 _INDEX, _INFO, _CHUNK, _TENSOR, _PROPERTIES, _BYTES, _SIZE = map(_get, range(len(_CLASSES)))
-_SAVE_ID, _FIRST_FILE = len(_CLASSES), len(_CLASSES) + 1  # numbers in the memo
-_PROLOGUE = b"\x80\x04" + b"".join(_class(cls) + _KEEP for cls in _CLASSES)  # PROTO 4
 
 
 class _Memo:
     """Values that are written once and then used by their number. text: what writes them."""
 
-    def __init__(self, first: int) -> None:
-        self._first = first
+    def __init__(self) -> None:
         self._numbers: dict[Any, int] = {}
-        self.text: list[bytes] = []
+        self.text = [_class(cls) + _KEEP for cls in _CLASSES]
 
     def add(self, write: Callable[[Any], bytes], values: Sequence[Any]) -> Numbers:
         """Their numbers; no two are equal."""
-        first = self._first + len(self.text)
+        first = len(self.text)
         self.text += [write(value) + _KEEP for value in values]
-        return np.arange(first, first + len(values))
+        return np.arange(first, len(self.text))
 
     def numbers(self, write: Callable[[Any], bytes], values: Sequence[Any]) -> Numbers:
         """Their numbers; equal ones have one."""
@@ -174,26 +173,25 @@ class _Memo:
         return self._numbers[write, value]
 
 
-def _pickled_rest(keys: Keys, placement: Placement) -> bytes:
-    """All that follows the save id and the names of the files."""
-    memo = _Memo(_FIRST_FILE + len(placement.files_in_use))
-    number_of_file = {number: _FIRST_FILE + place for place, number in enumerate(placement.files_in_use)}
-    file = np.fromiter(map(number_of_file.__getitem__, placement.file.tolist()), np.int64)
+def _pickled_contents(keys: Keys, placement: Placement) -> tuple[bytes, tuple[Numbers, Numbers], int]:
+    """(the pickle up to storage_data, the numbers of each chunk's key and offsets, how many numbers were given)"""
+    memo = _Memo()
     fqn = memo.add(_string, keys.fqns)
-    key = fqn[np.fromiter(map(keys.number.__getitem__, placement.fqns), np.int64)][placement.key]
-    box = memo.numbers(_size, placement.offsets)
-    body = [
-        _class(Metadata), _MARK,
-        _DICT, *_entries(keys, placement, memo, fqn, key, box), _SETITEMS,
-        _DICT, *_paths(keys, memo, fqn), _SETITEMS,
-        _DICT, _records(
-            _INDEX, _GET, key, _GET, box, _CALL2,
-            _INFO, _GET, file, _LONG8, placement.offset, _LONG8, placement.length, _CALL3,
-        ).tobytes(), _SETITEMS,
-        _class(StorageMeta), _NONE, _get(_SAVE_ID), _CALL2,
-        _CALL, _STOP,
-    ]  # fmt: skip
-    return b"".join(chain(memo.text, body))
+    key, box = fqn[keys.numbers_of(placement)], memo.numbers(_size, placement.offsets)
+    entries = list(_entries(keys, placement, memo, fqn, key, box))
+    paths = list(_paths(keys, memo, fqn))
+    pieces = [_START], memo.text, [_class(Metadata), _MARK, _DICT], entries, [_SETITEMS, _DICT], paths, [_SETITEMS]
+    return b"".join(chain.from_iterable(pieces)), (key, box), len(memo.text)
+
+
+def _pickled_places(placement: Placement, entry: tuple[Numbers, Numbers], num_values: int) -> bytes:
+    """storage_data. The numbers of the files follow those given before."""
+    key, box = entry
+    rows = _records(
+        _INDEX, _GET, key, _GET, box, _CALL2,
+        _INFO, _GET, placement.file + num_values, _LONG8, placement.offset, _LONG8, placement.length, _CALL3,
+    )  # fmt: skip
+    return _DICT + rows.tobytes() + _SETITEMS
 
 
 def _entries(
@@ -223,12 +221,12 @@ def _paths(keys: Keys, memo: _Memo, fqn: Numbers) -> Iterator[bytes]:
     """Of planner_data. Names of containers are written once; the last part is hardly ever met again."""
     known: dict[Path, bytes] = {}
     for number, path in zip(fqn.tolist(), keys.paths, strict=True):
-        above = path[:-1]
-        if above not in known:
-            known[above] = _MARK + b"".join(
-                _get(memo.number(_string, part)) if isinstance(part, str) else _int(part) for part in above
-            )
-        yield _get(number) + known[above] + b"".join(map(_part, path[-1:])) + _TUPLE
+        start = known.get(path[:-1])
+        if start is None:
+            parts = (_get(memo.number(_string, part)) if isinstance(part, str) else _int(part) for part in path[:-1])
+            start = known[path[:-1]] = _MARK + b"".join(parts)
+        last = _part(path[-1]) if path else b""
+        yield _get(number) + start + last + _TUPLE
 
 
 def _records(*fields: bytes | Numbers) -> npt.NDArray[np.void]:

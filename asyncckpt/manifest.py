@@ -30,12 +30,13 @@ import datetime
 import functools
 import json
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import chain, starmap
-from typing import Any, overload
+from itertools import chain, starmap, zip_longest
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,7 @@ Path = tuple[str | int, ...]
 Numbers = npt.NDArray[np.int64]
 Checksums = npt.NDArray[np.uint32]
 Columns = Mapping[str, Sequence[Any] | Numbers]
+T = TypeVar("T")
 
 
 class ManifestError(CheckpointError):
@@ -89,17 +91,48 @@ class Key:
     shape: tuple[int, ...] | None
 
 
+class Kept:
+    """What was made of objects that stay the same from save to save; of each kind the latest."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
+        self._columns: dict[str, tuple[Numbers, list[bytes], bytes]] = {}
+
+    def get(self, what: str, basis: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What `make` gives, until it is asked for with a basis of other objects, equal or not."""
+        known = self._made.get(what)
+        if known is None or not all(map(operator.is_, known[0], basis)):
+            known = self._made[what] = basis, make()
+        made: T = known[1]
+        return made
+
+    def column(self, name: str, values: Numbers) -> bytes:
+        """JSON of a column, of which only slices that differ from last time are written again."""
+        before, pieces, text = self._columns.get(name, (_array([]), [], b"[]"))
+        if before is not values:
+            slices = [slice(start, start + _NAMES_PER_CALL) for start in range(0, len(values), _NAMES_PER_CALL)]
+            pieces = [
+                piece if np.array_equal(before[part], values[part]) else _dumps(values[part].tolist())[1:-1]
+                for part, piece in zip_longest(slices, pieces[: len(slices)])
+            ]
+            text = b"[%b]" % b",".join(pieces)
+            self._columns[name] = values, pieces, text
+        return text
+
+
 @dataclass(frozen=True, eq=False)
 class Keys(Mapping[str, Key]):
-    """{fqn: Key} as columns; makes a Key when asked. Kept from save to save, so its text is kept on it.
+    """{fqn: Key} as columns; makes a Key when asked.
 
-    kinds: (dtype, shape). kind: index into kinds for each fqn, -1 for an object.
+    The same object for as long as the structure of the state stays, so what is made for it and for the placements of
+    its chunks is kept on it. kinds: (dtype, shape). kind: index into kinds for each fqn, -1 for an object.
     """
 
     fqns: tuple[str, ...]
     paths: Sequence[Path]
     kinds: tuple[tuple[str, tuple[int, ...]], ...]
     kind: Numbers
+    kept: Kept = field(default_factory=Kept, init=False, repr=False)
 
     @classmethod
     def of(cls, keys: Mapping[str, Key]) -> Keys:
@@ -139,6 +172,15 @@ class Keys(Mapping[str, Key]):
         columns: Columns = {"fqn": self.fqns, "path": path, "kind": self.kind}
         return b'"keys":{%b},"paths":%b,"kinds":%b' % (_members(columns), _column(list(rows)), _column(self.kinds))
 
+    def numbers_of(self, placement: Placement) -> Numbers:
+        """Which key each chunk is of."""
+        return self.kept.get(
+            "key", (placement.fqns, placement.key),
+            lambda: placement.key
+            if placement.fqns == self.fqns
+            else _array(map(self.number.__getitem__, placement.fqns))[placement.key],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -169,9 +211,11 @@ class Chunk:
 class Placement:
     """Where every chunk of a step, or of one rank's part, lies: columns of equal length and what they point into.
 
-    The same object for as long as nothing moves between saves, so what is made from it is kept on it.
-    key: index into fqns. layouts: (layout, head_bytes). layout: index into layouts, -1 for an object. file: index into
-    files. offset, length: of the item in its file, in bytes. parts: what `merge` made it of.
+    The same object for as long as nothing moves between saves; and where objects differ in length and move others,
+    the rest of it is the same objects. Nothing of it may be changed.
+    key: index into fqns. layouts: (layout, head_bytes). layout: index into layouts, -1 for an object. files: their
+    names, in the order of their FileRecords. file: index into files. offset, length: of the item in its file, in bytes.
+    parts: what `merge` made it of.
     """
 
     fqns: tuple[str, ...]
@@ -184,7 +228,7 @@ class Placement:
     offset: Numbers
     length: Numbers
     parts: tuple[Placement, ...] = ()
-    _kept: dict[str, tuple[Keys | None, tuple[str, ...], bytes]] = field(default_factory=dict, init=False, repr=False)
+    kept: Kept = field(default_factory=Kept, repr=False)
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Placement:
@@ -208,6 +252,20 @@ class Placement:
     def __len__(self) -> int:
         return len(self.key)
 
+    def moved(
+        self, files: tuple[str, ...], file: Numbers, offset: Numbers, length: Numbers, parts: tuple[Placement, ...] = ()
+    ) -> Placement:
+        """The same chunks at other places; what was kept of them stays."""
+        return replace(self, files=files, file=file, offset=offset, length=length, parts=parts)
+
+    def is_like(self, other: Placement) -> bool:
+        """Whether they hold the same chunks, be it at other places."""
+        return self.kept is other.kept
+
+    def key_of(self, number: Any) -> str:
+        """The fqn of a chunk."""
+        return self.fqns[int(self.key[number])]
+
     @cached_property
     def head_bytes(self) -> Numbers:
         """Of each chunk: where its payload starts in its item."""
@@ -224,38 +282,6 @@ class Placement:
         """Of each chunk: how many block checksums it has, 0 if its payload is no longer than one block."""
         blocks = -(-self.payload_bytes // BLOCK_BYTES)
         return np.where((self.layout < 0) | (blocks < 2), 0, blocks)
-
-    @cached_property
-    def files_in_use(self) -> list[int]:
-        """Indices into files, each once, in the order of the chunks: `files` may have others, in another order."""
-        return list(dict.fromkeys(self.file.tolist()))
-
-    def kept(self, what: str, keys: Keys | None, files: tuple[str, ...], make: Callable[[], bytes]) -> bytes:
-        """What `make` gives, kept on this object until it is asked for with other keys or files."""
-        known = self._kept.get(what)
-        if known is None or known[0] is not keys or known[1] != files:
-            known = self._kept[what] = keys, files, make()
-        return known[2]
-
-    def text(self, fqns: tuple[str, ...], files: tuple[str, ...]) -> bytes:
-        """The members "chunks", "boxes" and "layouts"; key and file: as indices into fqns and files."""
-        boxes = list(dict.fromkeys(offsets for offsets in self.offsets if offsets is not None))
-        number_of_box = {None: -1} | {offsets: number for number, offsets in enumerate(boxes)}
-        number_of_file = {name: number for number, name in enumerate(files)}
-        key = self.key
-        if self.fqns != fqns:
-            number_of = {fqn: number for number, fqn in enumerate(fqns)}
-            key = _array(number_of[fqn] for fqn in self.fqns)[key]
-        columns: Columns = {
-            "key": key,
-            "box": _array(map(number_of_box.__getitem__, self.offsets)),
-            "layout": self.layout,
-            "file": _array(number_of_file[name] for name in self.files)[self.file],
-            "offset": self.offset,
-            "length": self.length,
-        }
-        layouts = [(x.dtype, x.shape, x.stride, head_bytes) for x, head_bytes in self.layouts]
-        return b'"chunks":{%b},"boxes":%b,"layouts":%b' % (_members(columns), _column(boxes), _column(layouts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,13 +389,13 @@ def keys_of(metadata: Metadata) -> Keys:
 
 
 def merge(tables: Sequence[ChunkTable], before: Placement | None = None) -> ChunkTable:
-    """The parts of all ranks as one. before: what it was made into last time, used again if no part has moved."""
+    """The parts of all ranks as one. before: what it was made into last time, of which is kept what has not changed."""
     if len(tables) == 1:
         return tables[0]
     parts = tuple(table.placement for table in tables)
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     return ChunkTable(
-        before if before is not None and before.parts == parts else _merged(parts),
+        _merged(parts, before),
         np.concatenate([np.zeros(0, np.uint32), *(table.crc32 for table in tables)]),
         np.concatenate([np.zeros(0, np.uint32), *(table.item_crc32 for table in tables)]),
         {
@@ -380,34 +406,38 @@ def merge(tables: Sequence[ChunkTable], before: Placement | None = None) -> Chun
     )
 
 
-def _merged(parts: tuple[Placement, ...]) -> Placement:
-    def numbered(tables: Iterable[Sequence[Any]], columns: Iterable[Numbers]) -> tuple[tuple[Any, ...], Numbers]:
-        """One table without doubles, and the columns as indices into it; -1 stays."""
-        index: dict[Any, int] = {}
-        moved = [
-            _array(chain((index.setdefault(entry, len(index)) for entry in table), [-1]))[column]
-            for table, column in zip(tables, columns, strict=True)
-        ]
-        return tuple(index), np.concatenate([_array([]), *moved])
-
-    fqns, key = numbered((part.fqns for part in parts), (part.key for part in parts))
-    layouts, layout = numbered((part.layouts for part in parts), (part.layout for part in parts))
-    files, file = numbered((part.files for part in parts), (part.file for part in parts))
+def _merged(parts: tuple[Placement, ...], before: Placement | None) -> Placement:
+    if before is not None and before.parts == parts:
+        return before
+    files, file = _joined([part.files for part in parts], [part.file for part in parts])
     offset = np.concatenate([_array([]), *(part.offset for part in parts)])
     length = np.concatenate([_array([]), *(part.length for part in parts)])
+    if before is not None and len(before.parts) == len(parts) and all(map(Placement.is_like, before.parts, parts)):
+        return before.moved(files, file, offset, length, parts)
+    fqns, key = _joined([part.fqns for part in parts], [part.key for part in parts])
+    layouts, layout = _joined([part.layouts for part in parts], [part.layout for part in parts])
     offsets = list(chain.from_iterable(part.offsets for part in parts))
     return Placement(fqns, key, offsets, layouts, layout, files, file, offset, length, parts)
 
 
+def _joined(tables: Sequence[Sequence[T]], columns: Sequence[Numbers]) -> tuple[tuple[T, ...], Numbers]:
+    """One table without doubles, and the columns as indices into it; -1 stays."""
+    index: dict[T, int] = {}
+    moved = [
+        _array(chain((index.setdefault(entry, len(index)) for entry in table), [-1]))[column]
+        for table, column in zip(tables, columns, strict=True)
+    ]
+    return tuple(index), np.concatenate([_array([]), *moved])
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
-    """With keys and a placement that were encoded before, what does not change is taken from there."""
+    """With the keys of an earlier call, what has not changed since is taken from there."""
     keys = Keys.of(manifest.keys)
-    names = tuple(file.name for file in manifest.files)
-    placement = manifest.chunks.placement
+    _check_order(manifest.chunks.placement, manifest.files)
     members = [
         b'"head":' + _dumps({"format": FORMAT, "version": VERSION, **asdict(manifest.head)}),
         keys.text,
-        placement.kept("manifest", keys, names, lambda: placement.text(keys.fqns, names)),
+        _placement_text(manifest.chunks.placement, keys),
         manifest.chunks.text,
         b'"files":{%b}' % _members(_file_columns(manifest.files)),
         b'"dcp_metadata":' + _dumps({"size": manifest.dcp_metadata_size, "crc32": manifest.dcp_metadata_crc32}),
@@ -445,32 +475,76 @@ def decode_manifest(data: bytes) -> Manifest:
     return manifest
 
 
+def _placement_text(placement: Placement, keys: Keys) -> bytes:
+    """The members "chunks", "boxes" and "layouts"."""
+    kept = keys.kept
+    box, boxes = kept.get("box", (placement.offsets,), lambda: _distinct(placement.offsets))
+    layouts = kept.get("layouts", (placement.layouts,), lambda: _column(_layout_rows(placement)))
+    columns = {
+        "key": keys.numbers_of(placement),
+        "box": box,
+        "layout": placement.layout,
+        "file": placement.file,
+        "offset": placement.offset,
+        "length": placement.length,
+    }
+    texts = (b'"%b":%b' % (name.encode(), kept.column(name, column)) for name, column in columns.items())
+    return b'"chunks":{%b},"boxes":%b,"layouts":%b' % (b",".join(texts), boxes, layouts)
+
+
+def _distinct(offsets: Sequence[tuple[int, ...] | None]) -> tuple[Numbers, bytes]:
+    """(the column "box", "boxes")"""
+    boxes = list(dict.fromkeys(box for box in offsets if box is not None))
+    number_of = {None: -1} | {box: number for number, box in enumerate(boxes)}
+    return _array(map(number_of.__getitem__, offsets)), _column(boxes)
+
+
+def _layout_rows(placement: Placement) -> list[tuple[object, ...]]:
+    return [(layout.dtype, layout.shape, layout.stride, head_bytes) for layout, head_bytes in placement.layouts]
+
+
 def encode_records(chunks: ChunkTable, files: Sequence[FileRecord]) -> bytes:
-    """What one rank tells the coordinator after writing: a line that stays the same while its placement does, and the
-    line of this save."""
+    """What one rank tells the coordinator after writing, as two lines: what its chunks are, the same for as long as its
+    placements are alike, and where they lie this time."""
     placement = chunks.placement
-    names = tuple(file.name for file in files)
-    fixed = placement.kept("records", None, names, lambda: _fixed_line(placement, names))
-    return b'%b\n{%b,"files":{%b}}' % (fixed, chunks.text, _members(_file_columns(files)))
+    _check_order(placement, files)
+    places = np.array([placement.file, placement.offset, placement.length], "<i8").tobytes().hex().encode()
+    members = chunks.text, _members(_file_columns(files))
+    return b'%b\n{"places":"%b",%b,"files":{%b}}' % (_line(placement), places, *members)
 
 
-def _fixed_line(placement: Placement, files: tuple[str, ...]) -> bytes:
-    return b'{"fqn":%b,%b}' % (_column(placement.fqns), placement.text(placement.fqns, files))
+def _line(placement: Placement) -> bytes:
+    def make() -> bytes:
+        box, boxes = _distinct(placement.offsets)
+        chunks = _members({"key": placement.key, "box": box, "layout": placement.layout})
+        tables = _column(placement.fqns), boxes, _column(_layout_rows(placement))
+        return b'{"chunks":{%b},"fqn":%b,"boxes":%b,"layouts":%b}' % (chunks, *tables)
+
+    return placement.kept.get("line", (), make)
 
 
 def decode_records(data: bytes, before: Placement | None = None) -> tuple[ChunkTable, list[FileRecord]]:
-    """before: of the same rank's last report, used again if nothing has moved."""
-    fixed, line = data.split(b"\n", 1)
-    document = json.loads(line)
+    """before: of the same rank's last report, of which is kept what has not changed."""
+    line, rest = data.split(b"\n", 1)
+    document = json.loads(rest)
     files = _decode_files(document["files"])
     names = tuple(file.name for file in files)
-    if before is not None and before._kept.get("records") == (None, names, fixed):
-        _check_places(before, files)
-        return _decode_chunks(document, before), files
-    parsed = json.loads(fixed)
-    placement = _decode_placement(parsed, tuple(parsed["fqn"]), files)
-    placement.kept("records", None, names, lambda: fixed)
+    file, offset, length = np.frombuffer(bytes.fromhex(document["places"]), "<i8").astype(np.int64).reshape(3, -1)
+    if before is None or _line(before) != line:
+        contents = json.loads(line)
+        placement = Placement(*_decode_contents(contents, tuple(contents["fqn"])), names, file, offset, length)
+        placement.kept.get("line", (), lambda: line)
+    elif before.files == names and np.array_equal([before.file, before.offset, before.length], [file, offset, length]):
+        placement = before
+    else:
+        placement = before.moved(names, file, offset, length)
+    _check_places(placement, files)
     return _decode_chunks(document, placement), files
+
+
+def _check_order(placement: Placement, files: Sequence[FileRecord]) -> None:
+    if placement.files != tuple(file.name for file in files):
+        raise ValueError("the files of a placement and their records differ")
 
 
 def _file_columns(files: Sequence[FileRecord]) -> Columns:
@@ -568,7 +642,13 @@ def _decode_files(columns: Mapping[str, Any]) -> list[FileRecord]:
     return files
 
 
-def _decode_placement(document: Mapping[str, Any], fqns: tuple[str, ...], files: Sequence[FileRecord]) -> Placement:
+Contents = tuple[
+    tuple[str, ...], Numbers, Sequence[tuple[int, ...] | None], tuple[tuple[Layout, int], ...], Numbers
+]  # fmt: skip
+
+
+def _decode_contents(document: Mapping[str, Any], fqns: tuple[str, ...]) -> Contents:
+    """What a Placement begins with."""
     columns = document["chunks"]
     boxes = [*map(_naturals, document["boxes"]), None]
     layouts = tuple(
@@ -578,35 +658,37 @@ def _decode_placement(document: Mapping[str, Any], fqns: tuple[str, ...], files:
     key = _numbers(columns.pop("key"), stop=len(fqns))
     box = _numbers(columns.pop("box"), low=-1, stop=len(boxes) - 1)
     layout = _numbers(columns.pop("layout"), low=-1, stop=len(layouts))
-    file = _numbers(columns.pop("file"), stop=len(files))
-    offset, length = _numbers(columns.pop("offset")), _numbers(columns.pop("length"))
-    if len({len(column) for column in (key, box, layout, file, offset, length)}) != 1:
+    if not len(key) == len(box) == len(layout):
         raise ValueError("the columns of the chunks differ in length")
-    offsets = list(map(boxes.__getitem__, box.tolist()))
-    names = tuple(record.name for record in files)
-    placement = Placement(fqns, key, offsets, layouts, layout, names, file, offset, length)
+    dims_of_boxes = _array([*(len(offsets) for offsets in boxes if offsets is not None), -1])
+    dims_of_layouts = _array([*(len(frame.shape) for frame, _ in layouts), -1])
+    for number in np.flatnonzero(dims_of_boxes[box] != dims_of_layouts[layout]):
+        raise ValueError(f"a chunk of {fqns[key[number]]!r} has a box of other dimensions than its layout")
+    return fqns, key, list(map(boxes.__getitem__, box.tolist())), layouts, layout
+
+
+def _decode_placement(document: Mapping[str, Any], fqns: tuple[str, ...], files: Sequence[FileRecord]) -> Placement:
+    columns = document["chunks"]
+    contents = _decode_contents(document, fqns)
+    file, offset, length = (_numbers(columns.pop(name)) for name in ("file", "offset", "length"))
+    placement = Placement(*contents, tuple(record.name for record in files), file, offset, length)
     _check_places(placement, files)
-    ranks_of_boxes = _array([*(len(box) for box in boxes if box is not None), -1])
-    ranks_of_layouts = _array([*(len(frame.shape) for frame, _ in layouts), -1])
-    _check_payloads(placement, ranks_of_boxes[box] == ranks_of_layouts[layout])
     return placement
 
 
 def _check_places(placement: Placement, files: Sequence[FileRecord]) -> None:
-    sizes = _array(file.size for file in files)[placement.file]
-    for number in np.flatnonzero((placement.offset > sizes) | (placement.length > sizes - placement.offset)):
-        end = int(placement.offset[number]) + int(placement.length[number])
-        name = placement.files[placement.file[number]]
-        raise ValueError(f"an item of {_key_of(placement, number)!r} ends at {end}, {name} at {sizes[number]}")
-
-
-def _check_payloads(placement: Placement, is_box_right: npt.NDArray[np.bool_]) -> None:
-    """A payload lies inside its item and its box has its dimensions: a reader may rely on both."""
-    room = placement.length - placement.payload_bytes
-    for number in np.flatnonzero(placement.head_bytes > room):
-        raise ValueError(f"the payload of {_key_of(placement, number)!r} is longer than its item")
-    for number in np.flatnonzero(~is_box_right):
-        raise ValueError(f"the box of {_key_of(placement, number)!r} does not have the dimensions of its layout")
+    """Each item lies inside its file and each payload inside its item: a reader may rely on both."""
+    file, offset, length = placement.file, placement.offset, placement.length
+    if not len(placement) == len(file) == len(offset) == len(length):
+        raise ValueError("the columns of the chunks differ in length")
+    if len(file) and not 0 <= int(file.min()) <= int(file.max()) < len(files):
+        raise IndexError(f"file {file.min()} to {file.max()} of {len(files)}")
+    sizes = _array(record.size for record in files)[file]
+    for number in np.flatnonzero((offset < 0) | (length < 0) | (offset > sizes) | (length > sizes - offset)):
+        end, name = int(offset[number]) + int(length[number]), placement.files[file[number]]
+        raise ValueError(f"an item of {placement.key_of(number)!r} ends at {end}, {name} at {sizes[number]}")
+    for number in np.flatnonzero(placement.head_bytes > length - placement.payload_bytes):
+        raise ValueError(f"the payload of {placement.key_of(number)!r} is longer than its item")
 
 
 def _decode_chunks(document: Mapping[str, Any], placement: Placement) -> ChunkTable:
@@ -628,11 +710,7 @@ def _decode_chunks(document: Mapping[str, Any], placement: Placement) -> ChunkTa
 
 def _check_kinds(keys: Keys, placement: Placement) -> None:
     for number in np.flatnonzero((keys.kind[placement.key] < 0) != (placement.layout < 0)):
-        raise ValueError(f"{_key_of(placement, number)!r} is an object and a tensor at once")
-
-
-def _key_of(placement: Placement, number: Any) -> str:
-    return placement.fqns[int(placement.key[number])]
+        raise ValueError(f"{placement.key_of(number)!r} is an object and a tensor at once")
 
 
 def payload_bytes_of(layout: Layout) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
+from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -20,12 +23,15 @@ from asyncckpt.manifest import (
     FileRecord,
     Head,
     Key,
+    Keys,
     Manifest,
     ManifestError,
+    Placement,
     decode_manifest,
     decode_records,
     encode_manifest,
     encode_records,
+    merge,
 )
 
 
@@ -96,7 +102,7 @@ def test_every_flipped_bit_and_every_cut_is_refused() -> None:
         (lambda d: d["chunks"].update(key=[0, 0]), "ValueError"),
         (lambda d: d.update(block_crc32=""), "block checksums"),
         (lambda d: d["layouts"].__setitem__(0, ["float32", [10**9, 10**9], [1, 1], 704]), "longer than its item"),
-        (lambda d: d["layouts"].__setitem__(0, ["os", [1], [1], 704]), "unknown dtype"),
+        (lambda d: d["layouts"].__setitem__(0, ["os", [1, 1], [1, 1], 704]), "unknown dtype"),
         (lambda d: d["chunks"].update(layout=[True, 0, -1]), "True"),
         (lambda d: d.pop("keys"), "KeyError"),
         (lambda d: d["keys"].update(kind=[-1, -1]), "object and a tensor"),
@@ -147,9 +153,10 @@ def keys_and_chunks(draw: st.DrawFn) -> tuple[dict[str, Key], ChunkTable]:
 
 
 def files_of(chunks: ChunkTable) -> list[FileRecord]:
-    return [FileRecord(name, 2**62 - 1, number) for number, name in enumerate(("c", "unused", "a", "b"))]
+    return [FileRecord(name, 2**62 - 1, number) for number, name in enumerate(chunks.placement.files)]
 
 
+@settings(max_examples=40, deadline=None)
 @given(keys_and_chunks())
 def test_any_tree_and_any_chunks_survive_a_round_trip(made: tuple[dict[str, Key], ChunkTable]) -> None:
     """Through the manifest, and through a rank's report."""
@@ -172,6 +179,7 @@ def contents(value: object) -> object:
     return (type(value), contents(vars(value))) if is_dataclass(value) else (type(value), value)
 
 
+@settings(max_examples=40, deadline=None)
 @given(keys_and_chunks())
 def test_the_stock_metadata_is_what_torch_would_have_pickled(made: tuple[dict[str, Key], ChunkTable]) -> None:
     """The opcodes written here build what `metadata_of` builds, and the restricted unpickler takes them."""
@@ -196,3 +204,116 @@ def test_an_int_of_any_size_in_a_path_is_pickled() -> None:
     keys = {"k": Key(("k", 10**700, -(10**700), "x" * 70_000), None, None)}
     found = pickle.loads(pickle_metadata(keys, ChunkTable.of([]), "attempt", "id"))
     assert found.planner_data == {"k": keys["k"].path}
+
+
+def test_numbers_no_int64_holds_are_refused() -> None:
+    """In every column and table that has numbers, and without much memory: they are not counts of anything."""
+    for huge in (2**63, -(2**63) - 1, 10**400, 1.0, None, "1", [0]):
+        for table, column in (("chunks", "offset"), ("chunks", "key"), ("files", "size"), ("keys", "kind")):
+            document = json.loads(encode_manifest(example()))
+            document[table][column][0] = huge
+            with pytest.raises(ManifestError):
+                decode_manifest(resealed(document))
+        for row in (["float32", [huge, 1], [1, 1], 704], ["float32", [1, 1], [1, 1], huge]):
+            document = json.loads(encode_manifest(example()))
+            document["layouts"][0] = row
+            with pytest.raises(ManifestError):
+                decode_manifest(resealed(document))
+
+
+def test_a_payload_of_more_blocks_than_there_are_checksums_is_refused() -> None:
+    """Whatever size a hostile layout and file state, no memory is taken for it."""
+    document = json.loads(encode_manifest(example()))
+    document["files"]["size"] = [2**62 - 1, 2**62 - 1]
+    document["chunks"].update(length=[2**61, 2**61, 1300], offset=[0, 0, 0])
+    document["layouts"][0] = ["float32", [2**29, 2**29], [2**29, 1], 704]
+    with pytest.raises(ManifestError, match="block checksums"):
+        decode_manifest(resealed(document))
+
+
+def moved_on(table: ChunkTable, by: int) -> ChunkTable:
+    """The same chunks in the next save, where an object before them has grown, with other checksums."""
+    place = table.placement
+    length = np.where(place.layout < 0, place.length + by, place.length)
+    placement = place.moved(place.files, place.file, place.offset + by, length) if by else place
+    return ChunkTable(placement, table.crc32 + np.uint32(1), table.item_crc32, table.blocks)
+
+
+@pytest.mark.parametrize("by", [0, 64])
+def test_what_is_kept_from_the_last_save_changes_no_byte(by: int) -> None:
+    """The manifest, the stock metadata and a rank's report are as if made afresh, whether or not something moved."""
+    made = example()
+    keys = Keys.of(made.keys)
+    for manifest in (made, replace(made, chunks=moved_on(made.chunks, by))):
+        table = manifest.chunks
+        fresh = ChunkTable.of(list(table))
+        assert encode_manifest(replace(manifest, keys=keys)) == encode_manifest(replace(manifest, chunks=fresh))
+        assert pickle_metadata(keys, table, "a", "id") == pickle_metadata(made.keys, fresh, "a", "id")
+        assert encode_records(table, made.files) == encode_records(fresh, made.files)
+
+
+def test_what_the_ranks_report_is_merged_into_one_table() -> None:
+    """In order of rank; what a part and the whole were last time is used again as far as it is the same."""
+    whole = list(example().chunks)
+    files = example().files
+    first, second = ChunkTable.of(whole[:1] + whole[2:]), ChunkTable.of(whole[1:2])
+    reports = [encode_records(first, files[:1]), encode_records(second, files[1:])]
+    tables = [decode_records(report)[0] for report in reports]
+    merged = merge(tables)
+    assert list(merged) == [*first, *second]
+
+    again = [decode_records(data, old.placement)[0] for data, old in zip(reports, tables, strict=True)]
+    assert [table.placement for table in again] == [table.placement for table in tables]
+    assert merge(again, merged.placement).placement is merged.placement
+
+    later, _ = decode_records(encode_records(moved_on(first, 64), files[:1]), tables[0].placement)
+    assert later.placement.is_like(tables[0].placement)
+    moved = merge([later, tables[1]], merged.placement)
+    assert moved.placement.is_like(merged.placement)
+    assert list(moved) == [*moved_on(first, 64), *second]
+
+
+def many(num_chunks: int) -> Manifest:
+    """A manifest of so many keys of one chunk each."""
+    layout = Layout("float32", (4,), (1,))
+    chunks = [Chunk(f"m.{i}", (0,), layout, 704, "f", 2000 * i, 1500, i, i) for i in range(num_chunks)]
+    keys = Keys.of({chunk.key: Key(("m", chunk.key[2:]), "float32", (4,)) for chunk in chunks})
+    return replace(example(), keys=keys, chunks=ChunkTable.of(chunks), files=[FileRecord("f", 2000 * num_chunks, 1)])
+
+
+def calls_during(work: Callable[[], object]) -> int:
+    """How many functions Python calls, its own and those in C."""
+    calls = 0
+
+    def count(frame: object, event: str, arg: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("by", [0, 64])
+def test_in_steady_state_nothing_is_called_for_each_chunk(by: int) -> None:
+    """Neither for the manifest nor for the stock metadata nor for a rank's report, even if objects moved the rest."""
+    counts = []
+    for num_chunks in (2000, 4000):
+        made = many(num_chunks)
+        report = encode_records(made.chunks, made.files)
+        before = merge([decode_records(report)[0]] * 2).placement
+        encode_manifest(made)
+        pickle_metadata(made.keys, made.chunks, "a", "id")
+        later = replace(made, chunks=moved_on(made.chunks, by), files=[FileRecord("f", 2001 * num_chunks, 1)])
+
+        def save(made: Manifest = made, later: Manifest = later, before: Placement = before) -> None:
+            encode_manifest(later)
+            pickle_metadata(made.keys, later.chunks, "b", "id")
+            report = encode_records(later.chunks, later.files)
+            merge([decode_records(report, part)[0] for part in before.parts], before)
+
+        counts.append(calls_during(save))
+    assert counts[1] - counts[0] < 40
