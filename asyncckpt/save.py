@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -292,21 +292,26 @@ class Saver:
 
     def _by_commit(self, keep: KeepPolicy) -> tuple[list[CommittedStep], set[int]]:
         """All steps in order of commit, and those whose manifest does not read: nothing deletes a damaged step."""
-        steps, unreadable = [], set()
+        steps, unreadable, reads = [], set(), needs_metadata(keep)
+        known, self._known = self._known, {}
         for step, sequence in self.index.by_commit():
-            committed = CommittedStep(step, sequence)
-            if needs_metadata(keep):
-                try:
-                    committed = self._known.get(step) or self._read_committed(step, sequence)
-                except (CheckpointError, OSError):
-                    unreadable.add(step)
+            committed = known.get(step)
+            if committed is None or committed.sequence != sequence:
+                committed = CommittedStep(step, sequence)
+                if reads:
+                    try:
+                        committed = self._read_committed(committed)
+                    except (CheckpointError, OSError):
+                        unreadable.add(step)
+            if step not in unreadable:
+                self._known[step] = committed
             steps.append(committed)
         return steps, unreadable
 
-    def _read_committed(self, step: int, sequence: int) -> CommittedStep:
+    def _read_committed(self, committed: CommittedStep) -> CommittedStep:
+        step = committed.step
         head = read_manifest(self.storage, str(step), self.index.files_of(step)).head
-        self._known[step] = CommittedStep(step, sequence, head.time_s, head.metrics)
-        return self._known[step]
+        return replace(committed, time_s=head.time_s, metrics=head.metrics)
 
     def _delete_leftovers(self) -> None:
         """What fails is tried again after the next commit: a step is whole whether or not an old one is gone."""
