@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from . import report
 from .frame import FAILURES, FULL, QUICK, SCALES, TINY, Bench, Outcome, not_measured, reason, say
@@ -60,7 +61,7 @@ def main() -> None:
         draw(run, arguments.plot)
 
 
-def measure(suites: list[str], scale_name: str, folder: Path) -> dict:
+def measure(suites: list[str], scale_name: str, folder: Path) -> dict[str, Any]:
     """The run's document; see report.py. A suite that fails is a row that says why."""
     warnings.simplefilter("ignore")  # peers' deprecations, and DCP's on running without ranks
     folder.mkdir(parents=True, exist_ok=True)

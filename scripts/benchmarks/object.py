@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -306,7 +306,7 @@ def _longest_wait(is_over: Callable[[], bool]) -> float:
 
 
 def _paced_rows(paced: Rounds) -> list[Row]:
-    names = (
+    names: tuple[tuple[str, str, str, float, Literal["<=", ">="]], ...] = (
         ("rate beside a busy thread, server paced at 200 MiB/s", "rate", "MiB/s", PACE_MIB_S * FULL_PACE, ">="),
         ("longest wait of that thread", "wait", "ms", 15.0, "<="),
     )

@@ -19,7 +19,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 UNITS = {"us": "us per tensor", "wait": "ms"}
 """Of measures that are not in seconds."""
 README_TABLES = ("stall", "save", "restore")
-"""Suites whose contenders stand in README, below the goals."""
+"""Suites whose contenders, those of the first table, stand in README below the goals."""
 
 
 def machine(folder: Path) -> str:
@@ -161,13 +161,13 @@ def _markdown(rows: list[list[str]]) -> str:
 
 def readme_section(run: Mapping[str, Any]) -> str:
     """What stands between the two markers."""
-    suites = [suite for suite in README_TABLES if any(table["suite"] == suite for table in run["tables"])]
+    tables = {table["suite"]: table for table in reversed(run["tables"])}  # the first of each
     parts = [
         f"Made by `{run['command']}` on {run['machine']}. Medians, and (least to most), of {run['scale']['rounds']} "
         'rounds in which every contender takes its turn; a ratio is taken within each round. Peers named "no fsync" '
         "return before their bytes are on the disk.",
         goals_table(run["rows"], is_wide=False),
-        *(_contender_table(table).partition("\n")[2] for table in run["tables"] if table["suite"] in suites),
+        *(_contender_table(tables[suite]).partition("\n")[2] for suite in README_TABLES if suite in tables),
     ]
     if run["errors"]:
         parts.append("Did not run: " + "; ".join(f"{name} ({why})" for name, why in run["errors"].items()) + ".")
