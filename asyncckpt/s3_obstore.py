@@ -30,7 +30,7 @@ MIB = 1 << 20
 # Views smaller than this are joined with their neighbours. Every piece costs two turns at the GIL, of 5 ms each beside
 # a busy Python thread.
 DIRECT_BYTES = MIB
-MAX_COPIED_BYTES = 24 * MIB  # of joined views, until they are sent
+COPIED_PARTS = 2  # of joined views, until they are sent: one part that is sent, one that is filled
 CREDENTIALS_S = 600.0  # botocore refreshes what has less than this left
 CREDENTIALS_TIMEOUT_S = 60.0
 COPIES_TIMEOUT_S = 600.0  # every request ends long before
@@ -62,7 +62,7 @@ class ObstoreBucket:
             _config(client),
             bucket=bucket,
             endpoint=endpoint,
-            region=_region_of(filesystem, bucket) if is_aws(endpoint) else client.meta.region_name,
+            region=_region_of(filesystem, bucket) if is_aws(endpoint) else client.meta.region_name or "us-east-1",
             verify=_verify(client),
             tries=filesystem.retries,
             environ=os.environ,
@@ -105,7 +105,7 @@ class ObstoreBucket:
     def _write_parts(self, key: str, source: _Source, what: str, part_bytes: int, num_in_flight: int) -> None:
         import obstore
 
-        pieces = _pieces(source, part_bytes, _Copies(max(MAX_COPIED_BYTES, 3 * part_bytes)))
+        pieces = _pieces(source, part_bytes, _Copies(COPIED_PARTS * part_bytes))
         failure: OSError | None = None
         try:
             with named_client_errors(what):

@@ -13,8 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 # Of one request, on top of the client's own read_timeout. obstore limits the whole of it, not silence: eight parts of
-# 8 MiB have to pass, so that 0.5 MiB/s is the slowest line. A guess.
+# 16 MiB have to pass in it, so that 1 MiB/s is the slowest line. A guess.
 REQUEST_S = 120.0
+CONNECT_S = 5.0  # where the client has no limit; s3fs's own
 RETRY_S = 180.0  # no try begins later than this after the first
 MAX_BACKOFF_S = 4.0
 
@@ -101,8 +102,8 @@ def translate(
         "client_options": {
             "allow_http": is_http,
             "allow_invalid_certificates": verify is False,
-            "connect_timeout": timedelta(seconds=config["connect_timeout"]),
-            "timeout": timedelta(seconds=REQUEST_S + config["read_timeout"]),
+            "connect_timeout": timedelta(seconds=config.get("connect_timeout") or CONNECT_S),
+            "timeout": timedelta(seconds=REQUEST_S + (config.get("read_timeout") or 0)),
         },
         "retry_config": {
             "max_retries": attempts - 1,

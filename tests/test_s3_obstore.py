@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import fsspec
 import numpy as np
 import pytest
+import torch
 
-from asyncckpt import s3_settings
+from asyncckpt import CheckpointManager, Written, s3_settings
 from asyncckpt.s3_obstore import DIRECT_BYTES, _Copies, _pieces
 from asyncckpt.storage import open_storage
 from asyncckpt.testing import cut_views, sample_bytes
@@ -264,6 +266,26 @@ def test_what_obstore_cannot_do_goes_through_s3fs_and_says_why(s3_url, s3_option
     assert (storage.client, storage.client_reason) == ("s3fs", "obstore knows no s3_additional_kwargs")
     with pytest.raises(ValueError, match="obstore cannot move these bytes: obstore knows no s3_additional_kwargs"):
         open_storage(s3_url, options, transfer="obstore")
+
+
+@pytest.mark.parametrize(("transfer", "client"), [("auto", "obstore"), ("fsspec", "s3fs")])
+def test_an_event_says_who_moved_the_bytes(s3_url, s3_options, transfer, client):
+    """And the checkpoint is the same."""
+    events = []
+    state, found = {"w": torch.arange(2 << 20)}, {"w": torch.zeros(2 << 20, dtype=torch.int64)}
+    with CheckpointManager(s3_url, storage_options=s3_options, transfer=transfer, events=[events.append]) as manager:
+        manager.save(1, state)
+        manager.restore(1, found)
+    assert torch.equal(found["w"], state["w"])
+    assert [event.client for event in events if isinstance(event, Written)] == [client]
+
+
+def test_what_the_environment_says_to_fsspec_counts_too(s3_url, s3_options, monkeypatch):
+    """As every other option."""
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"requester_pays": True})
+    storage = open_s3(s3_url, s3_options)
+    assert storage._obstore() is None
+    assert storage.client_reason == "obstore knows no requester_pays"
 
 
 def test_fsspec_may_be_asked_for(s3_url, s3_options):
