@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -199,7 +200,9 @@ class Saver:
             else:
                 verdict.phase = "commit"
                 assert part is not None
-                parts = [part, *(decode_records(report) for _, report in replies[1:])]
+                before = () if self._placement is None else self._placement.parts[1:]
+                reports = zip_longest((report for _, report in replies[1:]), before)
+                parts = [part, *(decode_records(report, placement) for report, placement in reports)]
                 verdict.num_bytes, verdict.pruned = self._commit(job, parts)
         except Exception as exc:
             error, verdict.error = exc, _describe(exc)

@@ -14,7 +14,7 @@ import numpy as np
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from asyncckpt.framing import Layout, frame_of
-from asyncckpt.manifest import Numbers, Placement
+from asyncckpt.manifest import Kept, Numbers, Placement
 
 ALIGNED_PAYLOAD_BYTES = 1024 * 1024
 """From this size on a payload starts on a page of the file; smaller ones are copied anyway."""
@@ -130,6 +130,7 @@ class _Columns:
     offsets: list[tuple[int, ...] | None]
     layouts: tuple[tuple[Layout, int], ...]
     layout: Numbers
+    kept: Kept = field(default_factory=Kept)
 
     @classmethod
     def of(cls, indices: Sequence[MetadataIndex], layouts: Sequence[Layout | None]) -> _Columns:
@@ -156,5 +157,5 @@ class _Columns:
         length[self.layout < 0] = object_bytes
         return Placement(
             self.fqns, self.key, self.offsets, self.layouts, self.layout,
-            tuple(one.name for one in files), file[same_as], offset[same_as], length[same_as],
+            tuple(one.name for one in files), file[same_as], offset[same_as], length[same_as], kept=self.kept,
         )  # fmt: skip
