@@ -5,41 +5,55 @@ For work that blocks without the GIL: reads, writes, checksums. Called by local_
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def for_each(work: Callable[[T], None], things: Iterable[T], num_threads: int) -> None:
+def for_each(
+    work: Callable[[T], None], things: Iterable[T], num_threads: int, ends: threading.Event | None = None
+) -> None:
     """Do `work` on each of `things`, in their order but for the threads; on this thread where one is enough.
 
-    The first error ends it: nothing more is begun, what is under way is waited for, then the error is raised.
+    The first error ends it: nothing more is begun, `ends` is set for long work that looks at it, what is under way is
+    waited for, then the error is raised. So does an interrupt of this thread.
     """
     todo = deque(things)
     num_threads = min(num_threads, len(todo))
+    errors: list[BaseException] = []
+
+    def end() -> None:
+        todo.clear()
+        if ends is not None:
+            ends.set()
 
     def work_on() -> None:
-        try:
-            while True:
-                try:
-                    thing = todo.popleft()
-                except IndexError:
-                    return
+        while True:
+            try:
+                thing = todo.popleft()
+            except IndexError:
+                return
+            try:
                 work(thing)
-        except BaseException:
-            todo.clear()
-            raise
+            except BaseException as exc:
+                errors.append(exc)
+                end()
 
     if num_threads < 2:
         work_on()
-        return
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="asyncckpt-io") as pool:
-        workers = [pool.submit(work_on) for _ in range(num_threads)]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:
-            todo.clear()  # also where this thread is interrupted while it waits
+    else:
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="asyncckpt-io") as pool:
+            try:
+                wait([pool.submit(work_on) for _ in range(num_threads)])
+            except BaseException:
+                end()
+                raise
+    try:
+        if errors:
+            raise errors[0]
+    finally:
+        errors.clear()  # else an error and this frame keep each other, and the memory they know, alive

@@ -6,6 +6,7 @@ each `Read`: read_whole.py makes those of whole tensors and objects, read_items.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from itertools import groupby
 
 import torch
 
-from asyncckpt.errors import DamagedStepError
+from asyncckpt.errors import DamagedStepError, RestoreError
 from asyncckpt.framing import BLOCK_BYTES, Layout, crc32
 from asyncckpt.parallel import for_each
 from asyncckpt.shard import is_dense, payload_view
@@ -55,6 +56,7 @@ def carry_out(storage: Storage, reads: Iterable[Read]) -> None:
     """
     reads = list(reads)
     devices = {read.device for read in reads if read.device is not None and read.device.type != "cpu"}
+    ends = threading.Event()
     spare: deque[memoryview] = deque()  # buffers: touching fresh memory costs more than filling it
     _synchronize(devices)  # kernels on any stream may still use what is about to be overwritten
 
@@ -63,11 +65,11 @@ def carry_out(storage: Storage, reads: Iterable[Read]) -> None:
         needed = _buffer_bytes(batch)
         if needed > len(buffer):
             buffer = _new_buffer(needed, next(iter(devices), None))
-        _read_batch(storage, batch, buffer)
+        _read_batch(storage, batch, buffer, ends)
         _synchronize(devices)
         spare.append(buffer)
 
-    for_each(read_batch, _batches(reads), READ_THREADS)
+    for_each(read_batch, _batches(reads), READ_THREADS, ends)
 
 
 def direct_reads(
@@ -150,7 +152,7 @@ def _new_buffer(size: int, device: torch.device | None) -> memoryview:
     return payload_view(memory[start : start + size])
 
 
-def _read_batch(storage: Storage, batch: Sequence[Read], buffer: memoryview) -> None:
+def _read_batch(storage: Storage, batch: Sequence[Read], buffer: memoryview, ends: threading.Event) -> None:
     views: list[memoryview] = []
     at = 0
     for read in batch:
@@ -163,8 +165,14 @@ def _read_batch(storage: Storage, batch: Sequence[Read], buffer: memoryview) -> 
         else:
             views.append(read.view)
     ranges = [(read.offset, view) for read, view in zip(batch, views, strict=True)]
+
+    def take(index: int) -> None:
+        if ends.is_set():  # a file may take minutes
+            raise RestoreError(f"reading {batch[0].path} at {storage.url} ended early: another read failed")
+        batch[index].take(views[index])
+
     try:
-        storage.read_into(batch[0].path, ranges, lambda index: batch[index].take(views[index]))
+        storage.read_into(batch[0].path, ranges, take)
     except (EOFError, FileNotFoundError) as exc:
         keys = list(dict.fromkeys(key for read in batch for key in read.keys))
         named = ", ".join(map(repr, keys[:3])) + (", ..." if len(keys) > 3 else "")

@@ -46,3 +46,19 @@ def test_an_error_ends_the_work_and_waits_for_what_is_under_way() -> None:
     assert raised.value is error
     assert ended == [number for number in sorted(begun) if number != 1]
     assert len(begun) < 100
+
+
+def test_long_work_hears_that_it_is_to_end() -> None:
+    """Of an error elsewhere."""
+    ends, begun = threading.Event(), threading.Event()
+
+    def work(number: int) -> None:
+        if number == 0:
+            begun.set()
+            assert ends.wait(TIMEOUT_S)
+        else:
+            assert begun.wait(TIMEOUT_S)
+            raise RuntimeError("elsewhere")
+
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        for_each(work, range(2), 2, ends)
