@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import shlex
-import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .frame import FAILURES, FULL, QUICK, SCALES, TINY, Bench, Outcome, not_measured, reason, say
+from .frame import FAILURES, FULL, QUICK, TINY, Bench, Outcome, Scale, not_measured, reason, say
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("stall", "save", "restore", "object", "tensors", "steps", "memory", "interference")
@@ -51,7 +49,9 @@ def main() -> None:
         readme = ROOT / "README.md"
         readme.write_text(report.into_readme(readme.read_text(), json.loads(arguments.readme.read_text())))
         return
-    run = measure(arguments.suites or list(SUITES), (arguments.scale or QUICK).name, arguments.dir)
+    scale = arguments.scale or QUICK
+    run = measure(arguments.suites or list(SUITES), scale, arguments.dir)
+    run["command"] = " ".join(["scripts/bench", *arguments.suites, *([] if scale is QUICK else [f"--{scale.name}"])])
     print(report.text(run))
     if arguments.json:
         arguments.json.write_text(report.to_json(run))
@@ -61,11 +61,11 @@ def main() -> None:
         draw(run, arguments.plot)
 
 
-def measure(suites: list[str], scale_name: str, folder: Path) -> dict[str, Any]:
+def measure(suites: list[str], scale: Scale, folder: Path) -> dict[str, Any]:
     """The run's document; see report.py. A suite that fails is a row that says why."""
     warnings.simplefilter("ignore")  # peers' deprecations, and DCP's on running without ranks
     folder.mkdir(parents=True, exist_ok=True)
-    scale, where = SCALES[scale_name], report.machine(folder)
+    where = report.machine(folder)
     say(where)
     if scale is not FULL:
         say(f"{scale.name}: {scale.num_bytes / 2**20:.0f} MiB of state, smaller than the goals speak of; see --full")
@@ -80,7 +80,7 @@ def measure(suites: list[str], scale_name: str, folder: Path) -> dict[str, Any]:
                     raise
                 outcomes[suite] = Outcome([not_measured(suite, f"the suite {suite}", "", None, reason(exc))])
         say(f"{suite}: {time.perf_counter() - started:.0f} s")
-    return report.document(where, shlex.join(["scripts/bench", *sys.argv[1:]]), scale, outcomes)
+    return report.document(where, scale, outcomes)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from .frame import LIMIT, OURS, PEER
 
@@ -60,15 +61,16 @@ def _goals(rows: list[Mapping[str, Any]], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + BAR * len(rows)), layout="constrained")
     rows = rows[::-1]
     for place, row in enumerate(rows):
-        value = max(row["figure"][0], 1e-3 * abs(row["goal"]))
+        value = max(row["figure"][0], 0.01 * abs(row["goal"]))  # nothing at all would be infinitely good
         ratio = value / row["goal"] if row["bound"] == ">=" else row["goal"] / value
-        axes.plot([1, ratio], [place, place], color="#2e7d32" if row["is_met"] else "#c62828", linewidth=6)
-        said = f" {row['figure'][0]:.3g} ({row['bound']} {row['goal']:.3g})".replace("<=", "≤").replace(">=", "≥")
+        colour = "#2e7d32" if row["is_met"] else "#c62828"
+        axes.plot([1, ratio], [place, place], color=colour, linewidth=7, solid_capstyle="butt")
+        said = f"  {row['figure'][0]:.3g} ({row['bound']} {row['goal']:.3g})".replace("<=", "≤").replace(">=", "≥")
         axes.annotate(said, (max(1, ratio), place), va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=1)
-    axes.margins(x=0.2)
+    axes.margins(x=0.2, y=0.01)
     axes.set_xlabel("times better than the goal (green: met)")
     return _saved(figure, axes, path)
 
@@ -81,8 +83,14 @@ def _curves(curves: list[Mapping[str, Any]], path: Path) -> Path:
         axes.set_xscale("log")
         if curve["y"].startswith("us"):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
+        longest = max(curve["series"].values(), key=len)
+        counts = [count for count, _ in longest]
+        axes.set_xticks(counts, [f"{count:,.0f}" for count in counts], fontsize=8)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(curve["x"])
         axes.set_ylabel(curve["y"])
         axes.set_title(curve["title"], loc="left", fontsize=10)

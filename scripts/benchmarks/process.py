@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from pathlib import Path
 
@@ -23,6 +25,8 @@ class PeakRss:
     """From construction on; one at a time, as the kernel keeps one high-water mark."""
 
     def __init__(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before, and kept, hides what is allocated now
         Path("/proc/self/clear_refs").write_text("5")
         self._before = rss_bytes()
 

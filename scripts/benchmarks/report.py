@@ -36,10 +36,10 @@ def machine(folder: Path) -> str:
 # -- the run's document: what --json writes, and all that the tables below are made of
 
 
-def document(where: str, command: str, scale: Scale, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def document(where: str, scale: Scale, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     return {
         "machine": where,
-        "command": command,
+        "command": "scripts/bench",
         "scale": asdict(scale),
         "rows": [_row(row) for outcome in outcomes.values() for row in outcome.rows],
         "tables": [
@@ -162,10 +162,15 @@ def _markdown(rows: list[list[str]]) -> str:
 def readme_section(run: Mapping[str, Any]) -> str:
     """What stands between the two markers."""
     tables = {table["suite"]: table for table in reversed(run["tables"])}  # the first of each
+    scale = run["scale"]
+    intro = (
+        f"Made by `{run['command']}` ({scale['num_bytes'] / 1e6:.0f} MB of state, {scale['num_tensors']:,} small "
+        f"tensors) on {run['machine']}. Medians, and (least to most), of {scale['rounds']} rounds in which every "
+        'contender takes its turn; a ratio is taken within each round. Peers named "no fsync" return before their '
+        "bytes are on the disk."
+    )
     parts = [
-        f"Made by `{run['command']}` on {run['machine']}. Medians, and (least to most), of {run['scale']['rounds']} "
-        'rounds in which every contender takes its turn; a ratio is taken within each round. Peers named "no fsync" '
-        "return before their bytes are on the disk.",
+        intro,
         goals_table(run["rows"], is_wide=False),
         *(_contender_table(tables[suite]).partition("\n")[2] for suite in README_TABLES if suite in tables),
     ]

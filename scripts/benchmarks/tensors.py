@@ -23,7 +23,22 @@ import torch.distributed.checkpoint as dcp
 from stagers import BlockingAsyncStager
 
 from .contenders import Ours
-from .frame import FAILURES, MIB, OURS, PEER, Bench, Curve, Outcome, Round, Rounds, Row, Spread, not_measured, reason
+from .frame import (
+    FAILURES,
+    FULL,
+    MIB,
+    OURS,
+    PEER,
+    Bench,
+    Curve,
+    Outcome,
+    Round,
+    Rounds,
+    Row,
+    Spread,
+    not_measured,
+    reason,
+)
 
 TENSOR_BYTES = 4096
 PLANNED_TENSORS = 10_000
@@ -185,7 +200,8 @@ def _plan_row(bench: Bench) -> Row:
 
 def _index(bench: Bench) -> tuple[list[Row], Curve]:
     """In a process of its own, whose peak memory is that of the index alone."""
-    counts = [max(1, bench.scale.num_chunks // part) for part in (4, 1)]
+    parts = (4, 2, 1) if bench.scale is FULL else (1,)
+    counts = [max(1, bench.scale.num_chunks // part) for part in parts]
     measures = {
         "write_s": ("written in", "s", 3.0),
         "open_s": ("opened in", "s", 3.0),
@@ -207,7 +223,7 @@ def _index(bench: Bench) -> tuple[list[Row], Curve]:
         Row("tensors", names[measure], Spread.of([found[measure] * factor]), unit, goal, note=note)
         for measure, (_, unit, goal) in measures.items()
     ]
-    return rows, Curve("index", "chunks", "s", series)
+    return rows, Curve("index", "chunks", "s", series if len(counts) > 1 else {})
 
 
 def _index_process(folder: Path, num_chunks: int) -> dict[str, float]:
