@@ -11,7 +11,8 @@ General layout, in the order in which a save passes through it (each module impo
     s3_settings, s3_upload            where obstore does what s3fs would; large files to S3 without it
     s3_obstore                        the bytes of S3 through obstore
     storage_fsspec                    every other URL
-    framing, manifest, dcp_metadata   the format: items, the index of a step, the stock index
+    framing, chunks                   the format: items, and columns of what there is of them;
+    manifest, dcp_metadata            the index of a step, the stock index
     steps, index                      what a listing says; which steps there are
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
     per_rank                          values that each rank keeps for itself

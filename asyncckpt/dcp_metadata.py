@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from asyncckpt.chunks import Chunk, ChunkTable, Key, Keys, Numbers, Path, Placement
 from asyncckpt.errors import UnsafeObjectError
-from asyncckpt.manifest import Chunk, ChunkTable, Key, Keys, Numbers, Path, Placement
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     (cls.__module__, cls.__qualname__): cls

@@ -29,22 +29,37 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import math
-import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from itertools import chain, starmap, zip_longest
-from typing import Any, TypeVar, overload
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, repeat, starmap
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from asyncckpt.chunks import (
+    Checksums,
+    Chunk,
+    ChunkTable,
+    Kept,
+    Key,
+    Keys,
+    Numbers,
+    Path,
+    Placement,
+    keys_of,
+    merge,
+    numbers,
+    payload_bytes_of,
+)
 from asyncckpt.errors import CheckpointError
-from asyncckpt.framing import BLOCK_BYTES, Layout, crc32
+from asyncckpt.framing import Layout, crc32
+
+__all__ = [
+    "Checksums", "Chunk", "ChunkTable", "FileRecord", "Head", "Kept", "Key", "Keys", "Manifest", "ManifestError",
+    "Numbers", "Path", "Placement", "decode_manifest", "decode_records", "encode_manifest", "encode_records",
+    "keys_of", "merge", "payload_bytes_of",
+]  # fmt: skip
 
 FORMAT, VERSION = "asyncckpt", 1
 _CRC_MEMBER = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\Z')
@@ -53,11 +68,7 @@ _NAMES_PER_CALL = 8192
 """What one call into C turns into text: about 1 ms, for which it holds the GIL beside a training loop."""
 _HUGE = 2**62
 
-Path = tuple[str | int, ...]
-Numbers = npt.NDArray[np.int64]
-Checksums = npt.NDArray[np.uint32]
 Columns = Mapping[str, Sequence[Any] | Numbers]
-T = TypeVar("T")
 
 
 class ManifestError(CheckpointError):
@@ -83,273 +94,6 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    """dtype, shape: of the whole tensor; None for an object."""
-
-    path: Path
-    dtype: str | None
-    shape: tuple[int, ...] | None
-
-
-class Kept:
-    """What was made of objects that stay the same from save to save; of each kind the latest."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
-        self._columns: dict[str, tuple[Numbers, list[bytes], bytes]] = {}
-
-    def get(self, what: str, basis: tuple[object, ...], make: Callable[[], T]) -> T:
-        """What `make` gives, until it is asked for with a basis of other objects, equal or not."""
-        known = self._made.get(what)
-        if known is None or not all(map(operator.is_, known[0], basis)):
-            known = self._made[what] = basis, make()
-        made: T = known[1]
-        return made
-
-    def column(self, name: str, values: Numbers) -> bytes:
-        """JSON of a column, of which only slices that differ from last time are written again."""
-        before, pieces, text = self._columns.get(name, (_array([]), [], b"[]"))
-        if before is not values:
-            slices = [slice(start, start + _NAMES_PER_CALL) for start in range(0, len(values), _NAMES_PER_CALL)]
-            pieces = [
-                piece if np.array_equal(before[part], values[part]) else _dumps(values[part].tolist())[1:-1]
-                for part, piece in zip_longest(slices, pieces[: len(slices)])
-            ]
-            text = b"[%b]" % b",".join(pieces)
-            self._columns[name] = values, pieces, text
-        return text
-
-
-@dataclass(frozen=True, eq=False)
-class Keys(Mapping[str, Key]):
-    """{fqn: Key} as columns; makes a Key when asked.
-
-    The same object for as long as the structure of the state stays, so what is made for it and for the placements of
-    its chunks is kept on it. kinds: (dtype, shape). kind: index into kinds for each fqn, -1 for an object.
-    """
-
-    fqns: tuple[str, ...]
-    paths: Sequence[Path]
-    kinds: tuple[tuple[str, tuple[int, ...]], ...]
-    kind: Numbers
-    kept: Kept = field(default_factory=Kept, init=False, repr=False)
-
-    @classmethod
-    def of(cls, keys: Mapping[str, Key]) -> Keys:
-        if isinstance(keys, Keys):
-            return keys
-        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
-        kind = [
-            -1 if key.dtype is None or key.shape is None else kinds.setdefault((key.dtype, key.shape), len(kinds))
-            for key in keys.values()
-        ]
-        return cls(tuple(keys), [key.path for key in keys.values()], tuple(kinds), np.array(kind, np.int64))
-
-    def __len__(self) -> int:
-        return len(self.fqns)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.fqns)
-
-    def __contains__(self, fqn: object) -> bool:
-        return fqn in self.number
-
-    def __getitem__(self, fqn: str) -> Key:
-        number = self.number[fqn]
-        kind = int(self.kind[number])
-        return Key(self.paths[number], *((None, None) if kind < 0 else self.kinds[kind]))
-
-    @cached_property
-    def number(self) -> dict[str, int]:
-        """The place of each fqn."""
-        return dict(zip(self.fqns, range(len(self.fqns)), strict=True))
-
-    @cached_property
-    def text(self) -> bytes:
-        """The members "keys", "paths" and "kinds"."""
-        rows: dict[Path, int] = {}
-        path = [rows.setdefault(_cuts(*pair), len(rows)) for pair in zip(self.fqns, self.paths, strict=True)]
-        columns: Columns = {"fqn": self.fqns, "path": path, "kind": self.kind}
-        return b'"keys":{%b},"paths":%b,"kinds":%b' % (_members(columns), _column(list(rows)), _column(self.kinds))
-
-    def numbers_of(self, placement: Placement) -> Numbers:
-        """Which key each chunk is of."""
-        return self.kept.get(
-            "key", (placement.fqns, placement.key),
-            lambda: placement.key
-            if placement.fqns == self.fqns
-            else _array(map(self.number.__getitem__, placement.fqns))[placement.key],
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One item in a file: a box of a tensor, or an object (`layout` and `offsets` None)."""
-
-    key: str
-    offsets: tuple[int, ...] | None
-    layout: Layout | None
-    head_bytes: int
-    file: str
-    offset: int
-    length: int
-    crc32: int
-    item_crc32: int
-    blocks: tuple[int, ...] = ()
-
-    @property
-    def payload_offset(self) -> int:
-        return self.offset + self.head_bytes
-
-    @property
-    def block_crcs(self) -> tuple[int, ...]:
-        """The CRC32 of each block of BLOCK_BYTES of the payload."""
-        return self.blocks or (self.crc32,)
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Where every chunk of a step, or of one rank's part, lies: columns of equal length and what they point into.
-
-    The same object for as long as nothing moves between saves; and where objects differ in length and move others,
-    the rest of it is the same objects. Nothing of it may be changed.
-    key: index into fqns. layouts: (layout, head_bytes). layout: index into layouts, -1 for an object. files: their
-    names, in the order of their FileRecords. file: index into files. offset, length: of the item in its file, in bytes.
-    parts: what `merge` made it of.
-    """
-
-    fqns: tuple[str, ...]
-    key: Numbers
-    offsets: Sequence[tuple[int, ...] | None]
-    layouts: tuple[tuple[Layout, int], ...]
-    layout: Numbers
-    files: tuple[str, ...]
-    file: Numbers
-    offset: Numbers
-    length: Numbers
-    parts: tuple[Placement, ...] = ()
-    kept: Kept = field(default_factory=Kept, repr=False)
-
-    @classmethod
-    def of(cls, chunks: Iterable[Chunk]) -> Placement:
-        chunks = list(chunks)
-        fqns: dict[str, int] = {}
-        layouts: dict[tuple[Layout, int], int] = {}
-        files: dict[str, int] = {}
-        return cls(
-            key=_array(fqns.setdefault(chunk.key, len(fqns)) for chunk in chunks),
-            offsets=[chunk.offsets for chunk in chunks],
-            layout=_array(
-                -1 if chunk.layout is None else layouts.setdefault((chunk.layout, chunk.head_bytes), len(layouts))
-                for chunk in chunks
-            ),
-            file=_array(files.setdefault(chunk.file, len(files)) for chunk in chunks),
-            offset=_array(chunk.offset for chunk in chunks),
-            length=_array(chunk.length for chunk in chunks),
-            fqns=tuple(fqns), layouts=tuple(layouts), files=tuple(files),
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.key)
-
-    def moved(
-        self, files: tuple[str, ...], file: Numbers, offset: Numbers, length: Numbers, parts: tuple[Placement, ...] = ()
-    ) -> Placement:
-        """The same chunks at other places; what was kept of them stays."""
-        return replace(self, files=files, file=file, offset=offset, length=length, parts=parts)
-
-    def is_like(self, other: Placement) -> bool:
-        """Whether they hold the same chunks, be it at other places."""
-        return self.kept is other.kept
-
-    def key_of(self, number: Any) -> str:
-        """The fqn of a chunk."""
-        return self.fqns[int(self.key[number])]
-
-    @cached_property
-    def head_bytes(self) -> Numbers:
-        """Of each chunk: where its payload starts in its item."""
-        return _array(chain((head_bytes for _, head_bytes in self.layouts), [0]))[self.layout]
-
-    @cached_property
-    def payload_bytes(self) -> Numbers:
-        """Of each chunk; an object's item is its payload."""
-        sizes = _array(chain((min(payload_bytes_of(layout), _HUGE) for layout, _ in self.layouts), [0]))
-        return np.where(self.layout < 0, self.length, sizes[self.layout])
-
-    @cached_property
-    def num_blocks(self) -> Numbers:
-        """Of each chunk: how many block checksums it has, 0 if its payload is no longer than one block."""
-        blocks = -(-self.payload_bytes // BLOCK_BYTES)
-        return np.where((self.layout < 0) | (blocks < 2), 0, blocks)
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkTable(Sequence[Chunk]):
-    """The chunks of a step, or of one rank's part, as columns; makes a Chunk when asked.
-
-    blocks: {chunk number: the CRC32 of each block of BLOCK_BYTES}, where a payload has more than one.
-    """
-
-    placement: Placement
-    crc32: Checksums
-    item_crc32: Checksums
-    blocks: Mapping[int, tuple[int, ...]]
-
-    @classmethod
-    def of(cls, chunks: Iterable[Chunk]) -> ChunkTable:
-        if isinstance(chunks, ChunkTable):
-            return chunks
-        chunks = list(chunks)
-        return cls(
-            Placement.of(chunks),
-            np.array([chunk.crc32 for chunk in chunks], np.uint32),
-            np.array([chunk.item_crc32 for chunk in chunks], np.uint32),
-            {number: chunk.blocks for number, chunk in enumerate(chunks) if chunk.blocks},
-        )
-
-    def __len__(self) -> int:
-        return len(self.crc32)
-
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Chunk]: ...
-    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        number = range(len(self))[index]
-        place = self.placement
-        layout, head_bytes = (None, 0) if place.layout[number] < 0 else place.layouts[place.layout[number]]
-        return Chunk(
-            place.fqns[place.key[number]], place.offsets[number], layout, head_bytes, place.files[place.file[number]],
-            int(place.offset[number]), int(place.length[number]),
-            int(self.crc32[number]), int(self.item_crc32[number]), self.blocks.get(number, ()),
-        )  # fmt: skip
-
-    def __iter__(self) -> Iterator[Chunk]:
-        place, blocks = self.placement, self.blocks
-        layouts: list[tuple[Layout | None, int]] = [*place.layouts, (None, 0)]
-        columns = (place.key, place.layout, place.file, place.offset, place.length, self.crc32, self.item_crc32)
-        rows = zip(place.offsets, *(column.tolist() for column in columns), strict=True)
-        for number, (offsets, key, layout, file, offset, length, crc, item_crc) in enumerate(rows):
-            frame, head_bytes = layouts[layout]
-            yield Chunk(
-                place.fqns[key], offsets, frame, head_bytes, place.files[file], offset, length, crc, item_crc,
-                blocks.get(number, ()),
-            )  # fmt: skip
-
-    @property
-    def text(self) -> bytes:
-        """The members "payload_crc32", "item_crc32" and "block_crc32"."""
-        numbers = np.flatnonzero(self.placement.num_blocks).tolist()
-        blocks = b"".join(np.array(self.blocks[number], ">u4").tobytes() for number in numbers)
-        return b'"payload_crc32":"%b","item_crc32":"%b","block_crc32":"%b"' % (
-            _hex(self.crc32), _hex(self.item_crc32), blocks.hex().encode(),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
 class FileRecord:
     name: str
     size: int
@@ -370,75 +114,15 @@ class Manifest:
         return sum(file.size for file in self.files)
 
 
-def keys_of(metadata: Metadata) -> Keys:
-    """The tree of keys from what DCP's planner made."""
-    paths: Mapping[str, Any] = metadata.planner_data or {}
-    kinds: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
-    kind = [
-        kinds.setdefault((entry.properties.dtype, entry.size), len(kinds))
-        if isinstance(entry, TensorStorageMetadata)
-        else -1
-        for entry in metadata.state_dict_metadata.values()
-    ]
-    return Keys(
-        tuple(metadata.state_dict_metadata),
-        [tuple(paths.get(fqn, (fqn,))) for fqn in metadata.state_dict_metadata],
-        tuple((str(dtype)[6:], tuple(shape)) for dtype, shape in kinds),
-        np.array(kind, np.int64),
-    )
-
-
-def merge(tables: Sequence[ChunkTable], before: Placement | None = None) -> ChunkTable:
-    """The parts of all ranks as one. before: what it was made into last time, of which is kept what has not changed."""
-    if len(tables) == 1:
-        return tables[0]
-    parts = tuple(table.placement for table in tables)
-    starts = np.cumsum([0, *map(len, parts)]).tolist()
-    return ChunkTable(
-        _merged(parts, before),
-        np.concatenate([np.zeros(0, np.uint32), *(table.crc32 for table in tables)]),
-        np.concatenate([np.zeros(0, np.uint32), *(table.item_crc32 for table in tables)]),
-        {
-            start + number: blocks
-            for start, table in zip(starts, tables, strict=False)
-            for number, blocks in table.blocks.items()
-        },
-    )
-
-
-def _merged(parts: tuple[Placement, ...], before: Placement | None) -> Placement:
-    if before is not None and before.parts == parts:
-        return before
-    files, file = _joined([part.files for part in parts], [part.file for part in parts])
-    offset = np.concatenate([_array([]), *(part.offset for part in parts)])
-    length = np.concatenate([_array([]), *(part.length for part in parts)])
-    if before is not None and len(before.parts) == len(parts) and all(map(Placement.is_like, before.parts, parts)):
-        return before.moved(files, file, offset, length, parts)
-    fqns, key = _joined([part.fqns for part in parts], [part.key for part in parts])
-    layouts, layout = _joined([part.layouts for part in parts], [part.layout for part in parts])
-    offsets = list(chain.from_iterable(part.offsets for part in parts))
-    return Placement(fqns, key, offsets, layouts, layout, files, file, offset, length, parts)
-
-
-def _joined(tables: Sequence[Sequence[T]], columns: Sequence[Numbers]) -> tuple[tuple[T, ...], Numbers]:
-    """One table without doubles, and the columns as indices into it; -1 stays."""
-    index: dict[T, int] = {}
-    moved = [
-        _array(chain((index.setdefault(entry, len(index)) for entry in table), [-1]))[column]
-        for table, column in zip(tables, columns, strict=True)
-    ]
-    return tuple(index), np.concatenate([_array([]), *moved])
-
-
 def encode_manifest(manifest: Manifest) -> bytes:
     """With the keys of an earlier call, what has not changed since is taken from there."""
     keys = Keys.of(manifest.keys)
     _check_order(manifest.chunks.placement, manifest.files)
     members = [
         b'"head":' + _dumps({"format": FORMAT, "version": VERSION, **asdict(manifest.head)}),
-        keys.text,
+        keys.kept.get("text", (), lambda: _keys_text(keys)),
         _placement_text(manifest.chunks.placement, keys),
-        manifest.chunks.text,
+        _checksums_text(manifest.chunks),
         b'"files":{%b}' % _members(_file_columns(manifest.files)),
         b'"dcp_metadata":' + _dumps({"size": manifest.dcp_metadata_size, "crc32": manifest.dcp_metadata_crc32}),
     ]
@@ -475,6 +159,41 @@ def decode_manifest(data: bytes) -> Manifest:
     return manifest
 
 
+class _ColumnText:
+    """JSON of a column, of which only slices that differ from last time are written again."""
+
+    def __init__(self) -> None:
+        self._values = numbers([])
+        self._pieces: list[bytes] = []
+        self._text = b"[]"
+
+    def of(self, values: Numbers) -> bytes:
+        if self._values is not values:
+            slices = [slice(start, start + _NAMES_PER_CALL) for start in range(0, len(values), _NAMES_PER_CALL)]
+            self._pieces = [
+                piece if np.array_equal(self._values[part], values[part]) else _dumps(values[part].tolist())[1:-1]
+                for part, piece in zip(slices, chain(self._pieces, repeat(b"")), strict=False)
+            ]
+            self._values, self._text = values, b"[%b]" % b",".join(self._pieces)
+        return self._text
+
+
+def _keys_text(keys: Keys) -> bytes:
+    """The members "keys", "paths" and "kinds"."""
+    rows: dict[Path, int] = {}
+    path = [rows.setdefault(_cuts(*pair), len(rows)) for pair in zip(keys.fqns, keys.paths, strict=True)]
+    columns: Columns = {"fqn": keys.fqns, "path": path, "kind": keys.kind}
+    return b'"keys":{%b},"paths":%b,"kinds":%b' % (_members(columns), _column(list(rows)), _column(keys.kinds))
+
+
+def _checksums_text(chunks: ChunkTable) -> bytes:
+    """The members "payload_crc32", "item_crc32" and "block_crc32"."""
+    in_blocks = np.flatnonzero(chunks.placement.num_blocks).tolist()
+    blocks = b"".join(np.array(chunks.blocks[number], ">u4").tobytes() for number in in_blocks)
+    crcs = _hex(chunks.crc32), _hex(chunks.item_crc32), blocks.hex().encode()
+    return b'"payload_crc32":"%b","item_crc32":"%b","block_crc32":"%b"' % crcs
+
+
 def _placement_text(placement: Placement, keys: Keys) -> bytes:
     """The members "chunks", "boxes" and "layouts"."""
     kept = keys.kept
@@ -488,7 +207,10 @@ def _placement_text(placement: Placement, keys: Keys) -> bytes:
         "offset": placement.offset,
         "length": placement.length,
     }
-    texts = (b'"%b":%b' % (name.encode(), kept.column(name, column)) for name, column in columns.items())
+    texts = (
+        b'"%b":%b' % (name.encode(), kept.get(f"column {name}", (), _ColumnText).of(column))
+        for name, column in columns.items()
+    )
     return b'"chunks":{%b},"boxes":%b,"layouts":%b' % (b",".join(texts), boxes, layouts)
 
 
@@ -496,7 +218,7 @@ def _distinct(offsets: Sequence[tuple[int, ...] | None]) -> tuple[Numbers, bytes
     """(the column "box", "boxes")"""
     boxes = list(dict.fromkeys(box for box in offsets if box is not None))
     number_of = {None: -1} | {box: number for number, box in enumerate(boxes)}
-    return _array(map(number_of.__getitem__, offsets)), _column(boxes)
+    return numbers(map(number_of.__getitem__, offsets)), _column(boxes)
 
 
 def _layout_rows(placement: Placement) -> list[tuple[object, ...]]:
@@ -509,7 +231,7 @@ def encode_records(chunks: ChunkTable, files: Sequence[FileRecord]) -> bytes:
     placement = chunks.placement
     _check_order(placement, files)
     places = np.array([placement.file, placement.offset, placement.length], "<i8").tobytes().hex().encode()
-    members = chunks.text, _members(_file_columns(files))
+    members = _checksums_text(chunks), _members(_file_columns(files))
     return b'%b\n{"places":"%b",%b,"files":{%b}}' % (_line(placement), places, *members)
 
 
@@ -620,8 +342,8 @@ def _decode_row(row: Any) -> tuple[Any, ...]:
 
 def _check_paths(fqns: tuple[str, ...], rows: tuple[tuple[Any, ...], ...], row: Numbers) -> None:
     """Each fqn is as long as its path says, and ints are where the path says so."""
-    cut = _array(-1 if row and isinstance(row[0], tuple) else sum(map(abs, row)) + len(row) - 1 for row in rows)[row]
-    lengths = _array(map(len, fqns))
+    cut = numbers(-1 if row and isinstance(row[0], tuple) else sum(map(abs, row)) + len(row) - 1 for row in rows)[row]
+    lengths = numbers(map(len, fqns))
     wrong = np.flatnonzero((cut != lengths) & (cut >= 0))
     if len(wrong):
         raise ValueError(f"the path of {fqns[wrong[0]]!r} is not as long as it is")
@@ -660,8 +382,8 @@ def _decode_contents(document: Mapping[str, Any], fqns: tuple[str, ...]) -> Cont
     layout = _numbers(columns.pop("layout"), low=-1, stop=len(layouts))
     if not len(key) == len(box) == len(layout):
         raise ValueError("the columns of the chunks differ in length")
-    dims_of_boxes = _array([*(len(offsets) for offsets in boxes if offsets is not None), -1])
-    dims_of_layouts = _array([*(len(frame.shape) for frame, _ in layouts), -1])
+    dims_of_boxes = numbers([*(len(offsets) for offsets in boxes if offsets is not None), -1])
+    dims_of_layouts = numbers([*(len(frame.shape) for frame, _ in layouts), -1])
     for number in np.flatnonzero(dims_of_boxes[box] != dims_of_layouts[layout]):
         raise ValueError(f"a chunk of {fqns[key[number]]!r} has a box of other dimensions than its layout")
     return fqns, key, list(map(boxes.__getitem__, box.tolist())), layouts, layout
@@ -683,7 +405,7 @@ def _check_places(placement: Placement, files: Sequence[FileRecord]) -> None:
         raise ValueError("the columns of the chunks differ in length")
     if len(file) and not 0 <= int(file.min()) <= int(file.max()) < len(files):
         raise IndexError(f"file {file.min()} to {file.max()} of {len(files)}")
-    sizes = _array(record.size for record in files)[file]
+    sizes = numbers(record.size for record in files)[file]
     for number in np.flatnonzero((offset < 0) | (length < 0) | (offset > sizes) | (length > sizes - offset)):
         end, name = int(offset[number]) + int(length[number]), placement.files[file[number]]
         raise ValueError(f"an item of {placement.key_of(number)!r} ends at {end}, {name} at {sizes[number]}")
@@ -711,10 +433,6 @@ def _decode_chunks(document: Mapping[str, Any], placement: Placement) -> ChunkTa
 def _check_kinds(keys: Keys, placement: Placement) -> None:
     for number in np.flatnonzero((keys.kind[placement.key] < 0) != (placement.layout < 0)):
         raise ValueError(f"{placement.key_of(number)!r} is an object and a tensor at once")
-
-
-def payload_bytes_of(layout: Layout) -> int:
-    return math.prod(layout.shape) * layout.torch_dtype.itemsize
 
 
 def _dtype(name: Any) -> str:
@@ -748,10 +466,6 @@ def _numbers(values: Any, *, low: int = 0, stop: int = _HUGE) -> Numbers:
     if len(numbers) and int(numbers.max()) >= stop:
         raise IndexError(f"{numbers.max()} of {stop}")
     return numbers
-
-
-def _array(values: Iterable[int]) -> Numbers:
-    return np.fromiter(values, np.int64)
 
 
 def _hex(crcs: Checksums) -> bytes:
