@@ -31,15 +31,16 @@ def run(bench: Bench) -> Outcome:
     state_mib = bench.scale.num_bytes / MIB
     goal = state_mib * 1.05 + SPARE_MIB
     found = {}
+    ours = [BLOCKING, OVERLAPPING]
     if bench.scale is not FULL:
-        outcome.errors[OVERLAPPING] = "only with --full"
-    for name in (BLOCKING, OVERLAPPING, DCP) if bench.scale is FULL else (BLOCKING, DCP):
+        outcome.errors[f"{ours.pop()} (memory)"] = "only with --full"
+    for name in (*ours, DCP):
         try:
             found[name] = _process(name, bench.scale.num_bytes, bench.scale.num_saves, bench.folder)
         except FAILURES as exc:
             outcome.errors[name] = reason(exc)
     peer = f"{DCP} {found[DCP]['peak_mib']:.0f} MiB" if DCP in found else ""
-    for name in (BLOCKING, OVERLAPPING):
+    for name in ours:
         titles = f"peak over the idle process, {name}", f"growth per save over {bench.scale.num_saves} saves, {name}"
         if name not in found:
             why = outcome.errors[name]

@@ -83,7 +83,7 @@ def _curves(curves: list[Mapping[str, Any]], path: Path) -> Path:
         axes.set_xscale("log")
         if curve["y"].startswith("us"):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_yticks(ticks := (10, 20, 50, 100, 200, 500, 1000), [str(tick) for tick in ticks])
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
