@@ -117,17 +117,19 @@ class CheckpointManager:
         self._sigterm: SigtermHandler | None = None
         if chkpt_on_preemption:
             self._sigterm = SigtermHandler(self._on_sigterm)
+        self._writer = BackgroundWriter(max_pending_async)
         try:
             self._ranks = Ranks.join(process_group, timeout_s=timeout)
             kept = _union(KeepLast(max_to_keep) if max_to_keep else None, keep)
-            self._saver = Saver(self._storage, self._ranks, self._index, kept, self._emit, timeout)
+            self._saver = Saver(
+                self._storage, self._ranks, self._index, kept, self._emit, timeout, self._writer.pause
+            )  # fmt: skip
             self._list_steps()
         except BaseException:
             self._uninstall_sigterm()
             raise
         self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout))
         self._planning = SavePlanning(self._ranks, save_planner, self._safe_globals)
-        self._writer = BackgroundWriter(max_pending_async)
         self._max_pending = max_pending_async
         self._last_step: int | None = None
         self._last_time = time.monotonic()

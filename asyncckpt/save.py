@@ -103,7 +103,8 @@ class _Verdict:
 
 @dataclass(slots=True)
 class Saver:
-    """The writer thread's half of a manager. emit: hands an event to the sinks. timeout_s: for the slowest rank."""
+    """The writer thread's half of a manager. emit: hands an event to the sinks. timeout_s: for the slowest rank. pause:
+    see `write_shard`."""
 
     storage: Storage
     ranks: Ranks
@@ -111,6 +112,7 @@ class Saver:
     keep: KeepPolicy | None
     emit: Callable[[events.Event], None]
     timeout_s: float
+    pause: Callable[[float], None]
     leftovers: list[Leftover] = field(default_factory=list)
     """Taken on after each commit."""
     _known: dict[int, CommittedStep] = field(default_factory=dict)
@@ -174,7 +176,7 @@ class Saver:
         assert plan.layout is not None
         assert plan.places is not None
         staged = StagedPayloads(snapshot.memory, plan.places, snapshot.wait_for, snapshot.wait)
-        return write_shard(self.storage, job.folder, plan.layout, staged, planned.objects(), self._regions)
+        return write_shard(self.storage, job.folder, plan.layout, staged, planned.objects(), self._regions, self.pause)
 
     def prepare(self, job: SaveJob) -> None:
         """Find the places, once for each plan. Reads no tensor, so the copy may be still to come."""

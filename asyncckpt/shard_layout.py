@@ -31,7 +31,7 @@ class Run:
     rows: their numbers in the plan."""
 
     layout: Layout
-    rows: Sequence[int]
+    rows: Numbers
     offset: int
 
     @property
@@ -68,7 +68,7 @@ class ShardLayout:
         self._max_file_bytes = max_file_bytes
         self._tensor_files: list[ShardFile] = []
         for layout, rows in _runs(layouts, same_as):
-            self._append(layout, rows)
+            self._append(layout, np.array(rows, np.int64))
         self._columns = _Columns.of(indices, layouts)
         self._placed: tuple[Sequence[int] | None, Placement, list[ShardFile]] | None = None
 
@@ -83,10 +83,10 @@ class ShardLayout:
             self._placed = object_bytes, self._columns.placement(files, object_bytes, self.same_as), files
         return self._placed[1:]
 
-    def _append(self, layout: Layout, rows: Sequence[int]) -> None:
+    def _append(self, layout: Layout, rows: Numbers) -> None:
         """In the last file as far as there is room, and in new ones."""
         frame = frame_of(layout)
-        while rows:
+        while len(rows):
             file = self._file_with_room(self._tensor_files, frame.num_bytes)
             room = min(REGION_BYTES, self._max_file_bytes - file.size - PAGE_BYTES)
             run = Run(layout, rows[: max(1, room // frame.num_bytes)], file.size)
@@ -149,9 +149,9 @@ class _Columns:
         file, offset, length = (np.zeros(len(self.key), np.int64) for _ in range(3))
         for number, one in enumerate(files):
             for run in one.runs:
-                rows, num_bytes = np.array(run.rows), frame_of(run.layout).num_bytes
-                file[rows], length[rows] = number, num_bytes
-                offset[rows] = run.offset + num_bytes * np.arange(len(rows))
+                num_bytes = frame_of(run.layout).num_bytes
+                file[run.rows], length[run.rows] = number, num_bytes
+                offset[run.rows] = run.offset + num_bytes * np.arange(len(run.rows))
             for row, at in one.objects:
                 file[row], offset[row] = number, at
         length[self.layout < 0] = object_bytes

@@ -32,6 +32,7 @@ class BackgroundWriter:
         self._jobs: deque[Job] = deque()
         self._num_pending = 0
         self._num_resting = 0  # over, but for what they left to be done
+        self._num_waiting = 0  # calls of the training thread that cannot go on
         self._failures: deque[BaseException] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -49,7 +50,7 @@ class BackgroundWriter:
         """Wait for a place in the queue and take it; seconds waited. Give it back by `submit` or `release`."""
         started = time.perf_counter()
         with self._changed:
-            self._changed.wait_for(lambda: self._num_pending < self._max_pending)
+            self._wait_for(lambda: self._num_pending < self._max_pending)
             self._num_pending += 1
         return time.perf_counter() - started
 
@@ -71,12 +72,17 @@ class BackgroundWriter:
     def drain(self) -> None:
         """Wait until every job is over; what they left to be done may go on."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._num_pending)
+            self._wait_for(lambda: not self._num_pending)
 
     def join(self, *, besides: int = 0) -> None:
         """Wait until nothing is pending or left to be done. besides: places that the caller itself holds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_pending <= besides and not self._num_resting)
+            self._wait_for(lambda: self._num_pending <= besides and not self._num_resting)
+
+    def pause(self, seconds: float) -> None:
+        """For a job, on its thread: leave the processor to the training loop, unless that waits for the job."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_waiting, seconds)
 
     @property
     def has_failures(self) -> bool:
@@ -102,6 +108,15 @@ class BackgroundWriter:
             self._changed.notify_all()
         if thread is not None:
             thread.join()
+
+    def _wait_for(self, is_reached: Callable[[], bool]) -> None:
+        """On the training thread, under the condition."""
+        self._num_waiting += 1
+        self._changed.notify_all()
+        try:
+            self._changed.wait_for(is_reached)
+        finally:
+            self._num_waiting -= 1
 
     def _run(self) -> None:
         while (job := self._next_job()) is not None:
