@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .contenders import BLOCKING, Save, Saver, Training, asyncckpt_async, dcp_async_save, plain_dict, train_state
+from .contenders import (
+    BLOCKING,
+    Save,
+    Saver,
+    Training,
+    asyncckpt_async,
+    dcp_async_save,
+    delete,
+    plain_dict,
+    train_state,
+)
 from .frame import FAILURES, FULL, MIB, Bench, Outcome, Row, Spread, not_measured, reason
 from .process import PeakRss, pss_bytes
 
@@ -101,7 +111,7 @@ def _save_and_delete(save: Save, training: Training, folder: Path, number: int) 
     pending.before_update()
     training.optimizer.step()
     pending.join()
-    shutil.rmtree(folder / str(number))
+    delete(folder / str(number))
 
 
 def slope_of(values: Sequence[float]) -> tuple[float, float]:

@@ -241,7 +241,7 @@ def _paced(bench: Bench, sink: Sink) -> Rounds:
     @contextmanager
     def alone() -> Iterator[Round]:
         def one_round(_: int) -> Mapping[str, float]:
-            until = time.perf_counter() + num_bytes / MIB / PACE_MIB_S
+            until = time.perf_counter() + scaled_bytes / MIB / PACE_MIB_S + 0.1
             return {"wait": _longest_wait(lambda: time.perf_counter() > until) * 1e3, "rate": 0.0}
 
         yield one_round

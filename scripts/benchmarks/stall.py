@@ -8,7 +8,6 @@ loop    AdamW on one compute thread: the time of a loop with one save, less as m
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from .contenders import (
     Save,
     Saver,
     Training,
+    delete,
     finish,
     plain_dict,
 )
@@ -101,7 +101,7 @@ def _first_saves(bench: Bench, training: Training) -> list[Row]:
                 stalls.append(time.perf_counter() - started)
                 pending.join()
                 durables.append(time.perf_counter() - started)
-        shutil.rmtree(folder)
+        delete(folder)
         return {"stall": stalls[0] / stalls[1], "durable": durables[0] / durables[1]}
 
     @contextmanager

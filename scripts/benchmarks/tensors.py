@@ -7,7 +7,6 @@ millisecond on each tensor get fewer of them.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 
 from stagers import BlockingAsyncStager
 
-from .contenders import Ours
+from .contenders import Ours, delete
 from .frame import (
     FAILURES,
     FULL,
@@ -74,7 +73,7 @@ def _rounds(bench: Bench, num_tensors: int, rounds: int) -> Rounds:
         with Ours(str(folder), max_to_keep=1) as ours:
             ours.manager.save(0, state)
             yield lambda number: _per_tensor(lambda: ours.manager.save(number + 1, state), num_tensors)
-        shutil.rmtree(folder)
+        delete(folder)
 
     @contextmanager
     def first() -> Iterator[Round]:
@@ -83,7 +82,7 @@ def _rounds(bench: Bench, num_tensors: int, rounds: int) -> Rounds:
             with Ours(str(folder)) as ours:
                 ours.manager.prewarm(state)
                 found = _per_tensor(lambda: ours.manager.save(0, state), num_tensors)
-            shutil.rmtree(folder)
+            delete(folder)
             return found
 
         yield one_round
@@ -94,14 +93,14 @@ def _rounds(bench: Bench, num_tensors: int, rounds: int) -> Rounds:
         with Ours(str(folder)) as ours:
             ours.manager.save(0, state)
             yield lambda _: _per_tensor(lambda: ours.manager.restore(0, state), num_tensors)
-        shutil.rmtree(folder)
+        delete(folder)
 
     @contextmanager
     def peer(save: Callable[[Any], Any], timed: Callable[[Any], Any], count: int, name: str) -> Iterator[Round]:
         path = bench.folder_of(f"{name} {num_tensors}")
         save(path)
         yield lambda _: _per_tensor(lambda: timed(path), count)
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        delete(path)
 
     def dcp_save(path: Any) -> None:
         dcp.save(dict(fewer), checkpoint_id=path)
