@@ -1,6 +1,6 @@
 """The command line of `scripts/bench`; see `scripts/bench --help`, which is this text.
 
-    scripts/bench                           every suite, small, in about two minutes
+    scripts/bench                           every suite, small, in a few minutes
     scripts/bench --full                    every suite, at the sizes the goals speak of
     scripts/bench stall save --full         some of them
     scripts/bench --readme run.json         no measuring: README.md's section from what --json wrote
@@ -23,6 +23,7 @@ from typing import Any
 
 from . import report
 from .frame import FAILURES, FULL, QUICK, TINY, Bench, Outcome, Scale, not_measured, reason, say
+from .process import others_cpu_s
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("stall", "save", "restore", "object", "tensors", "steps", "memory", "interference")
@@ -70,8 +71,9 @@ def measure(suites: list[str], scale: Scale, folder: Path) -> dict[str, Any]:
     if scale is not FULL:
         say(f"{scale.name}: {scale.num_bytes / 2**20:.0f} MiB of state, smaller than the goals speak of; see --full")
     outcomes: dict[str, Outcome] = {}
+    busy: dict[str, float] = {}
     for suite in suites:
-        started = time.perf_counter()
+        started, others_s = time.perf_counter(), others_cpu_s()
         with tempfile.TemporaryDirectory(dir=folder) as inner:
             try:
                 outcomes[suite] = importlib.import_module(f".{suite}", __package__).run(Bench(scale, Path(inner)))
@@ -79,8 +81,10 @@ def measure(suites: list[str], scale: Scale, folder: Path) -> dict[str, Any]:
                 if scale is TINY:
                     raise
                 outcomes[suite] = Outcome([not_measured(suite, f"the suite {suite}", "", None, reason(exc))])
-        say(f"{suite}: {time.perf_counter() - started:.0f} s")
-    return report.document(where, scale, outcomes)
+        took_s = time.perf_counter() - started
+        busy[suite] = round((others_cpu_s() - others_s) / took_s, 2)
+        say(f"{suite}: {took_s:.0f} s; all else on the machine kept {busy[suite]:.2f} cores busy")
+    return report.document(where, scale, outcomes) | {"others_busy_cores": busy}
 
 
 if __name__ == "__main__":

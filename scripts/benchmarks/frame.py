@@ -38,7 +38,7 @@ class Scale:
     loop_rounds: int
     object_bytes: int
     stock_bytes: int
-    """object: what peers too slow for `object_bytes` move; their seconds are scaled up."""
+    """What slow peers move beside busy Python; no times of theirs are compared."""
     num_tensors: int
     peer_tensors: int
     """tensors: for peers that take half a millisecond on each."""
@@ -51,8 +51,8 @@ class Scale:
 
 
 TINY = Scale("tiny", 1, 4 * MIB, 2 * MIB, 1, 2 * MIB, MIB, 200, 50, 2_000, 30, 4, 0.1)
-QUICK = Scale("quick", 5, GIB // 16, 16 * MIB, 7, 32 * MIB, 2 * MIB, 5_000, 300, 100_000, 1_000, 24, 0.3)
-FULL = Scale("full", 5, 10**9, 500 * 10**6, 7, 10**9, 64 * MIB, 50_000, 2_000, 1_000_000, 10_000, 200, 3.0)
+QUICK = Scale("quick", 5, GIB // 16, 16 * MIB, 7, 32 * MIB, 8 * MIB, 5_000, 1_000, 100_000, 1_000, 24, 0.3)
+FULL = Scale("full", 5, 10**9, 500 * 10**6, 7, 10**9, 128 * MIB, 50_000, 10_000, 1_000_000, 10_000, 200, 3.0)
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,14 @@ def text(run: Mapping[str, Any]) -> str:
     for suite in dict.fromkeys(row["suite"] for row in run["rows"]):
         parts += [_contender_table(table) for table in run["tables"] if table["suite"] == suite]
     parts.append(goals_table(run["rows"], is_wide=True))
+    parts.append(f"cores that all else on the machine kept busy: {_busy(run)}")
     parts += [f"did not run: {name}: {why}" for name, why in run["errors"].items()]
     return "\n\n".join(parts)
+
+
+def _busy(run: Mapping[str, Any]) -> str:
+    """More than some tenths of one make every ratio doubtful; see process.others_cpu_s."""
+    return ", ".join(f"{suite} {cores:.2f}" for suite, cores in run.get("others_busy_cores", {}).items()) or "not known"
 
 
 def goals_table(rows: Iterable[Mapping[str, Any]], *, is_wide: bool) -> str:
@@ -171,6 +177,7 @@ def readme_section(run: Mapping[str, Any]) -> str:
     )
     parts = [
         intro,
+        f"Cores that all else on the machine kept busy: {_busy(run)}.",
         goals_table(run["rows"], is_wide=False),
         *(_contender_table(tables[suite]).partition("\n")[2] for suite in README_TABLES if suite in tables),
     ]

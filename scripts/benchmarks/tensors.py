@@ -49,7 +49,7 @@ def run(bench: Bench) -> Outcome:
     counts = [max(1, bench.scale.num_tensors // part) for part in (16, 4, 1)]
     largest = _rounds(bench, counts[-1], bench.scale.rounds)
     smaller = {count: _rounds(bench, count, 1) for count in counts[:-1]}
-    outcome = Outcome(_rows(largest, counts[-1]), errors=largest.errors)
+    outcome = Outcome(_rows(largest, counts[-1], min(counts[-1], bench.scale.peer_tensors)), errors=largest.errors)
     outcome.tables[f"{counts[-1]} tensors of 4 KB (DCP: {bench.scale.peer_tensors})"] = (largest, "us")
     outcome.curves.append(_curve(bench, {**smaller, counts[-1]: largest}))
     outcome.rows.append(_plan_row(bench))
@@ -132,14 +132,14 @@ def _per_tensor(work: Callable[[], Any], num_tensors: int) -> Mapping[str, float
     return {"us": seconds * 1e6 / num_tensors, "cpu_us": cpu_s * 1e6 / num_tensors}
 
 
-def _rows(rounds: Rounds, num_tensors: int) -> list[Row]:
+def _rows(rounds: Rounds, num_tensors: int, num_peer_tensors: int) -> list[Row]:
     rows = []
     for name, peer, goal in ((SAVE, DCP_SAVE, 20.0), (RESTORE, DCP_LOAD, 20.0), (FIRST, DCP_SAVE, 100.0)):
         title = f"{name}, {num_tensors} tensors of 4 KB"
         if name not in rounds:
             rows.append(not_measured("tensors", title, "us per tensor", goal, rounds.why_not(name)))
             continue
-        said = rounds.said(peer, "us", "us per tensor")
+        said = f"{rounds.said(peer, 'us', 'us per tensor')} of {num_peer_tensors}" if peer in rounds else ""
         note = f"{rounds.spread(name, 'cpu_us').median:.3g} us of CPU"
         rows.append(Row("tensors", title, rounds.spread(name, "us"), "us per tensor", goal, peer=said, note=note))
     return rows
