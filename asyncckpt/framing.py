@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -91,31 +92,60 @@ class Frame:
         if len(payload_crc32s) < _WORTH_TABLES:
             return np.array([self.item_crc32(crc) for crc in payload_crc32s.tolist()], np.uint32)
         base, tables = _item_crc_tables(self)
-        found = np.full(len(payload_crc32s), base, np.uint32)
-        for byte, table in enumerate(tables):
-            found ^= table[(payload_crc32s >> np.uint32(8 * byte)) & np.uint32(255)]
-        return found
+        return _looked_up(tables, payload_crc32s) ^ np.uint32(base)
 
 
 _WORTH_TABLES = 64  # items; the tables cost as much as this many
+Tables: TypeAlias = list[np.ndarray]
 
 
 @lru_cache(maxsize=256)
-def _item_crc_tables(frame: Frame) -> tuple[int, list[np.ndarray]]:
-    """An item's CRC32 is the first number XOR one entry of each table, by the bytes of the payload's CRC32.
+def _item_crc_tables(frame: Frame) -> tuple[int, Tables]:
+    """An item's CRC32 is the first number XOR what the tables say of the payload's CRC32.
 
     CRC32 is linear over XOR, also where the payload's CRC32 is stored in the tail: a bit of it flips the same bits of
     the item's whatever the others are.
     """
     base = frame.item_crc32(0)
+    return base, _tables(lambda payload_crc32: frame.item_crc32(payload_crc32) ^ base)
+
+
+def crc32_of_equal(crc32s: np.ndarray, num_bytes: int) -> int:
+    """The CRC32 of pieces of `num_bytes` each, one behind the other, from theirs."""
+    while len(crc32s) > _WORTH_TABLES:
+        if len(crc32s) % 2:
+            crc32s = np.concatenate((np.zeros(1, np.uint32), crc32s))  # of nothing, which changes nothing
+        crc32s = _looked_up(_shift_tables(num_bytes), crc32s[::2]) ^ crc32s[1::2]
+        num_bytes *= 2
+    whole = 0
+    for crc in crc32s.tolist():
+        whole = crc32_combine(whole, crc, num_bytes)
+    return whole
+
+
+@lru_cache(maxsize=4096)
+def _shift_tables(num_bytes: int) -> Tables:
+    """What becomes of a CRC32 when so many bytes follow, but for their own part in it."""
+    return _tables(lambda crc: int(crc32_combine(crc, 0, num_bytes)))
+
+
+def _tables(linear: Callable[[int], int]) -> Tables:
+    """A function of 32 bits that is linear over XOR, by the bytes of its argument."""
     tables = []
     for byte in range(4):
         table = np.zeros(256, np.uint32)
         for bit in range(8):
-            flips = np.uint32(frame.item_crc32(1 << (8 * byte + bit)) ^ base)
-            table[1 << bit : 2 << bit] = table[: 1 << bit] ^ flips
+            table[1 << bit : 2 << bit] = table[: 1 << bit] ^ np.uint32(linear(1 << (8 * byte + bit)))
         tables.append(table)
-    return base, tables
+    return tables
+
+
+def _looked_up(tables: Tables, values: np.ndarray) -> np.ndarray:
+    octets = np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)
+    found: np.ndarray = tables[0][octets[:, 0]]
+    for byte in (1, 2, 3):
+        found ^= tables[byte][octets[:, byte]]
+    return found
 
 
 class _SparseSink(io.RawIOBase):
@@ -204,4 +234,7 @@ class PayloadCrc:
         self.num_bytes += num_bytes
 
 
-__all__ = ["BLOCK_BYTES", "Frame", "Layout", "PayloadCrc", "crc32", "crc32_combine", "encode_object", "frame_of"]
+__all__ = [
+    "BLOCK_BYTES", "Frame", "Layout", "PayloadCrc", "crc32", "crc32_combine", "crc32_of_equal",
+    "encode_object", "frame_of",
+]  # fmt: skip

@@ -20,6 +20,9 @@ ALIGNED_PAYLOAD_BYTES = 1024 * 1024
 """From this size on a payload starts on a page of the file; smaller ones are copied anyway."""
 REGION_BYTES = 2 * 1024 * 1024
 """Of small items put together in one buffer, which goes out as it lies if it starts on a page of the file."""
+REGION_ITEMS = 480
+"""Numpy gives up the GIL where it goes over more than 500 elements, and each time it is given up beside a busy Python
+thread, that thread loses half a millisecond and ours five."""
 ALIGNED_RUN_BYTES = 64 * 1024
 """From this size on a run starts on a page. Storage gathers smaller pieces anyway."""
 PAGE_BYTES = 4096
@@ -89,7 +92,7 @@ class ShardLayout:
         while len(rows):
             file = self._file_with_room(self._tensor_files, frame.num_bytes)
             room = min(REGION_BYTES, self._max_file_bytes - file.size - PAGE_BYTES)
-            run = Run(layout, rows[: max(1, room // frame.num_bytes)], file.size)
+            run = Run(layout, rows[: max(1, min(room // frame.num_bytes, REGION_ITEMS))], file.size)
             if run.is_large:
                 run = replace(run, offset=_next_page(file.size + len(frame.head)) - len(frame.head))
             elif len(run.rows) * frame.num_bytes >= ALIGNED_RUN_BYTES:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
-from asyncckpt.framing import Layout, PayloadCrc, crc32, encode_object, frame_of
+from asyncckpt.framing import Layout, PayloadCrc, crc32, crc32_of_equal, encode_object, frame_of
 from asyncckpt.shard import payload_view
 from tests.states import DTYPES, raw_bytes, tensor_of
 
@@ -74,3 +76,14 @@ def test_a_crc32_of_blocks_is_the_crc32_of_the_whole() -> None:
 def test_an_object_item_is_what_torch_save_writes() -> None:
     """Objects need no template."""
     assert torch.load(io.BytesIO(encode_object({"a": [1, 2]})), weights_only=True) == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 130, 480])
+def test_checksums_of_many_items_are_those_of_their_bytes(count: int) -> None:
+    """Of each item and of all together, from the payloads' alone; by tables where there are many."""
+    frame = frame_of(Layout("float32", (5,), (1,)))
+    payloads = [os.urandom(20) for _ in range(count)]
+    items = [frame.head + payload + frame.tail_with(crc32(payload)) for payload in payloads]
+    found = frame.item_crc32s(np.array([crc32(payload) for payload in payloads], np.uint32))
+    assert found.tolist() == [crc32(item) for item in items]
+    assert crc32_of_equal(found, frame.num_bytes) == crc32(b"".join(items))
