@@ -25,6 +25,8 @@ def is_plain(value: Any) -> bool:
         return True
     if kind in (list, tuple, set):
         return all(map(is_plain, value))
+    if kind is torch.Tensor:
+        return value.layout is torch.strided and not value.is_quantized
     return kind is dict and all(is_plain(key) and is_plain(item) for key, item in value.items())
 
 

@@ -34,6 +34,8 @@ def expand_per_rank(state_dict: Mapping[str, Any], rank: int, saved: Iterable[st
     saved: the keys of the checkpoint to restore, for choosing another rank where they lack this one; None: saving.
     Dicts with a PerRank below them are copied, others are not; `collect_per_rank` brings back what was loaded.
     """
+    if not _holds_per_rank(state_dict):
+        return dict(state_dict)
     return _expand(state_dict, "", rank, None if saved is None else saved_ranks(saved))
 
 

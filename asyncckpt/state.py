@@ -24,7 +24,8 @@ def for_save(state: State, rank: int) -> StateDict:
     """What to copy and write; its tensors are the live ones."""
     if isinstance(state, TrainState):
         return state.state_dict()
-    return expand_per_rank({key: _state_dict(value) for key, value in state.items()}, rank)
+    values = {kind for kind in set(map(type, state.values())) if issubclass(kind, torch.Tensor | Mapping)}
+    return expand_per_rank({k: v if type(v) in values else _state_dict(v) for k, v in state.items()}, rank)
 
 
 def for_restore(state: State, saved: SavedKeys, rank: int) -> StateDict:

@@ -10,6 +10,7 @@ import sys
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from stagers.base import StagingError
 
 STREAM_DEVICES = ("cuda", "xpu")
+_is_cpu = attrgetter("is_cpu")
 
 
 class SideStreams:
@@ -53,6 +55,8 @@ def copy(views: Sequence[Tensor], sources: Sequence[Tensor], side: SideStreams |
 
 
 def _by_device(sources: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
+    if all(map(_is_cpu, sources)):  # a tenth of what it takes to ask for and compare devices
+        return {torch.device("cpu"): range(len(sources))}
     devices = {source.device for source in sources}
     if len(devices) == 1:
         return {devices.pop(): range(len(sources))}

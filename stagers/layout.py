@@ -119,13 +119,17 @@ def _checked_signature(flat: Flat) -> list[Any]:
         reason = _why_not(tensor)
         if reason:
             raise StagingError(f"{key!r} is {reason}, which cannot be staged. Nothing was copied.")
-    return [(t.shape, t.stride(), t.dtype, t.device) for t in flat.tensors]
+    return [
+        (t.shape, t.stride(), t.dtype, None if t.is_cpu else t.device) for t in flat.tensors
+    ]  # None is quick to check
 
 
 def _is_alike(tensors: Sequence[Tensor], signature: Sequence[Any]) -> bool:
     # A second list to compare with would cost four times as much: keeping tuples wakes the garbage collector.
     for tensor, (shape, stride, dtype, device) in zip(tensors, signature, strict=True):
-        if tensor.dtype != dtype or tensor.shape != shape or tensor.stride() != stride or tensor.device != device:
+        if tensor.dtype is not dtype or tensor.shape != shape or tensor.stride() != stride:
+            return False
+        if not tensor.is_cpu if device is None else tensor.device != device:
             return False
     return True
 
