@@ -55,7 +55,7 @@ def copy(views: Sequence[Tensor], sources: Sequence[Tensor], side: SideStreams |
 
 
 def _by_device(sources: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
-    if all(map(_is_cpu, sources)):  # a tenth of what it takes to ask for and compare devices
+    if sources and all(map(_is_cpu, sources)):  # a tenth of what it takes to ask for and compare devices
         return {torch.device("cpu"): range(len(sources))}
     devices = {source.device for source in sources}
     if len(devices) == 1:
