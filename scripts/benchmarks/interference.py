@@ -42,7 +42,10 @@ def run(bench: Bench) -> Outcome:
     finally:
         torch.set_num_threads(num_threads)
     num_tensors = min(NUM_TENSORS, bench.scale.num_tensors)
-    found = {f"{num_tensors} x 4 KB to a folder": small, f"{bench.scale.object_bytes / 1e6:.0f} MB to S3 at {SERVER_MIB_S:.0f} MiB/s": large}
+    found = {
+        f"{num_tensors} x 4 KB to a folder": small,
+        f"{bench.scale.object_bytes / 1e6:.0f} MB to S3 at {SERVER_MIB_S:.0f} MiB/s": large,
+    }
     outcome = Outcome()
     for title, rounds in found.items():
         outcome.rows += _rows(title, rounds)

@@ -113,30 +113,15 @@ def _busy(run: Mapping[str, Any]) -> str:
 
 
 def goals_table(rows: Iterable[Mapping[str, Any]], *, is_wide: bool) -> str:
-    """is_wide: for a terminal, with notes; README's has fewer columns."""
-    table = [["", "measured", "goal", "met", "ours", "limit", "best peer", *(["note"] if is_wide else [])]]
+    """is_wide: with the seconds behind the figures, and notes."""
+    table = [["", "measured", "goal", "met", *(["ours", "limit", "best peer", "note"] if is_wide else [])]]
     for row in rows:
         met = {None: "", True: "yes", False: "**no**"}[row["is_met"]]
-        figure = f"{_spread(row['figure'])} {row['unit']}" if row["figure"] else "not measured"
-        goal = (
-            ""
-            if row["goal"] is None
-            else f"{row['bound']} {row['goal']:.3g} {row['unit']}".replace("<=", "≤").replace(">=", "≥")
-        )
-        cells = [
-            row["name"],
-            figure.replace(" x", "x"),
-            goal.replace(" x", "x"),
-            met,
-            row["ours"],
-            row["limit"],
-            row["peer"],
-        ]
-        if is_wide:
-            cells.append(row["note"])
-        elif not row["figure"]:
-            cells[4] = row["note"]
-        table.append(cells)
+        figure = f"{_spread(row['figure'])} {row['unit']}" if row["figure"] else f"not measured: {row['note']}"
+        bound = row["bound"].replace("<=", "≤").replace(">=", "≥")
+        goal = "" if row["goal"] is None else f"{bound} {row['goal']:.3g} {row['unit']}"
+        cells = [row["name"], figure.replace(" x", "x"), goal.replace(" x", "x"), met]
+        table.append([*cells, *((row[name] for name in ("ours", "limit", "peer", "note")) if is_wide else ())])
     return _markdown(table)
 
 
@@ -175,15 +160,22 @@ def readme_section(run: Mapping[str, Any]) -> str:
         'contender takes its turn; a ratio is taken within each round. Peers named "no fsync" return before their '
         "bytes are on the disk."
     )
-    parts = [
-        intro,
-        f"Cores that all else on the machine kept busy: {_busy(run)}.",
-        goals_table(run["rows"], is_wide=False),
+    details = [
+        goals_table(run["rows"], is_wide=True),
         *(_contender_table(tables[suite]).partition("\n")[2] for suite in README_TABLES if suite in tables),
     ]
     if run["errors"]:
-        parts.append("Did not run: " + "; ".join(f"{name} ({why})" for name, why in run["errors"].items()) + ".")
-    return "\n\n".join(parts)
+        details.append("Did not run: " + "; ".join(f"{name} ({why})" for name, why in run["errors"].items()) + ".")
+    return "\n\n".join(
+        [
+            intro,
+            f"Cores that all else on the machine kept busy: {_busy(run)}.",
+            goals_table(run["rows"], is_wide=False),
+            "<details><summary>The seconds behind it, limits and peers</summary>",
+            *details,
+            "</details>",
+        ]
+    )
 
 
 def into_readme(readme: str, run: Mapping[str, Any]) -> str:
