@@ -3,7 +3,7 @@
     scripts/bench                           every suite, small, in a few minutes
     scripts/bench --full                    every suite, at the sizes the goals speak of
     scripts/bench stall save --full         some of them
-    scripts/bench --readme run.json         no measuring: README.md's section from what --json wrote
+    scripts/bench --readme run.json ...     no measuring: README.md's section from what --json wrote
 
 Suites: stall, save and restore (a folder), object (S3), tensors (very many), steps (very many), memory, interference.
 Every contender takes its turn in each round; ratios are taken within a round. Peers that do not run are named with
@@ -39,7 +39,9 @@ def main() -> None:
     size.add_argument("--tiny", action="store_const", const=TINY, dest="scale", help="only whether it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write medians and ranges there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures there")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite README.md's section from this JSON")
+    parser.add_argument(
+        "--readme", type=Path, nargs="+", metavar="FILE", help="rewrite README.md's section from these runs' JSON"
+    )
     parser.add_argument(
         "--dir", type=Path, default=ROOT / ".bench", help="on the disk to be measured; .bench by default"
     )
@@ -48,7 +50,10 @@ def main() -> None:
         parser.error(f"no such suite: {', '.join(sorted(unknown))}")
     if arguments.readme:
         readme = ROOT / "README.md"
-        readme.write_text(report.into_readme(readme.read_text(), json.loads(arguments.readme.read_text())))
+        run = report.merged([json.loads(file.read_text()) for file in arguments.readme])
+        readme.write_text(report.into_readme(readme.read_text(), run))
+        if arguments.json:
+            arguments.json.write_text(report.to_json(run))
         return
     scale = arguments.scale or QUICK
     run = measure(arguments.suites or list(SUITES), scale, arguments.dir)

@@ -93,6 +93,18 @@ def to_json(run: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def merged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Runs of different suites, one after the other, as one; machine and sizes are the first's."""
+    run = dict(runs[0])
+    for other in runs[1:]:
+        run["command"] += f"`, `{other['command']}"
+        for name in ("rows", "tables", "curves"):
+            run[name] = [*run[name], *other[name]]
+        for name in ("errors", "others_busy_cores"):
+            run[name] = run.get(name, {}) | other.get(name, {})
+    return run
+
+
 # -- tables
 
 
