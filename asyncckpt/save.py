@@ -249,7 +249,8 @@ class Saver:
             self._abandon(job, names, exc)
             raise
         self.index.commit(job.step, job.sequence, [*names, DCP_METADATA, manifest_name(job.sequence)])
-        self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
+        if self.keep is not None:  # else nobody takes them out again
+            self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
         if before.manifests:
             before.manifests[job.sequence] = manifest_name(job.sequence)
             self.leftovers.append(Leftover(job.step, before.leftovers(job.sequence), mend=True, stock=stock))
