@@ -28,7 +28,7 @@ from scripts.benchmarks.frame import (
     Spread,
     ratio_row,
 )
-from scripts.benchmarks.memory import slope_of
+from scripts.benchmarks.memory import growth_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "bench_results.json"
@@ -91,11 +91,16 @@ def test_a_goal_is_met_by_the_median(bound: str, goal: float, is_met: bool):
     assert Row("save", "x", Spread(1.5, 1.0, 9.0), "x", goal, bound).is_met is is_met
 
 
-def test_a_slope_comes_with_its_standard_error():
-    """A straight line has none; without a trend the slope is within a few of them."""
-    assert slope_of([1.0, 3.0, 5.0, 7.0]) == (2.0, 0.0)
-    slope, error = slope_of([math.sin(number * 7) for number in range(50)])
-    assert abs(slope) < 3 * error
+def test_growth_comes_with_its_standard_error():
+    """A straight line has none; a page leaked in four saves is found; one jump and noise are within three of them."""
+    assert growth_of([2.0 * number for number in range(50)]) == (2.0, 0.0)
+    for values, is_leak in [
+        ([4.0 * (number // 4) for number in range(200)], True),
+        ([64.0 * (number > 90) for number in range(200)], False),
+        ([math.sin(number * 7) for number in range(200)], False),
+    ]:
+        growth, error = growth_of(values)
+        assert (growth > 3 * error) == is_leak
 
 
 def test_readme_has_what_its_results_make():

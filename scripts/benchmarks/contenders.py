@@ -118,10 +118,10 @@ MakeState = Callable[[Training], Any]
 
 @contextmanager
 def asyncckpt_async(
-    folder: Path, training: Training, *, stager: Callable[[], AsyncStager], make_state: MakeState
+    folder: Path, training: Training, *, stager: Callable[[], AsyncStager], make_state: MakeState, **options: Any
 ) -> Iterator[Save]:
     state = make_state(training)
-    with Ours(str(folder), stager=stager()) as ours:
+    with Ours(str(folder), stager=stager(), **options) as ours:
         yield lambda number: ours.save_async(number, state)
 
 
