@@ -70,7 +70,7 @@ def live_objects() -> Counter[str]:
 
 @pytest.mark.parametrize("stager", [BlockingAsyncStager, OverlappingAsyncStager])
 def test_saves_leave_no_objects_behind(tmp_path: pathlib.Path, stager: type[BlockingAsyncStager]) -> None:
-    """After forty saves more, two of which are kept, there are no more of any type, and hardly more of all allocations."""
+    """After forty saves more, two of which are kept, there are no more of any type, hardly more allocations."""
     state = small_tensors(50)
     with CheckpointManager(str(tmp_path), max_to_keep=2, chkpt_on_preemption=False, stager=stager()) as manager:
         for step in range(45):
