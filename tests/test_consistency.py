@@ -206,13 +206,17 @@ def test_a_save_that_ctrl_c_interrupts_is_of_the_moment_it_was_called(tmp_path, 
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes that thread from its wait
 
         interrupter = threading.Thread(target=interrupt)
-        with gate:
-            interrupter.start()
-            with pytest.raises(KeyboardInterrupt):
-                manager.save(5, state)
-            for tensor in state.values():
-                tensor.fill_(2)
-        interrupter.join()
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        try:
+            with gate:
+                interrupter.start()
+                with pytest.raises(KeyboardInterrupt):
+                    manager.save(5, state)
+                for tensor in state.values():
+                    tensor.fill_(2)
+            interrupter.join()
+        finally:
+            signal.signal(signal.SIGINT, handler)
         manager.join()
         found = target_like(state)
         manager.restore(5, found)
