@@ -94,15 +94,20 @@ def to_json(run: Mapping[str, Any]) -> str:
 
 
 def merged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Runs of different suites, one after the other, as one; machine and sizes are the first's."""
-    run = dict(runs[0])
+    """Runs of different suites on one machine, as one."""
+    run = dict(runs[0]) | {"commands": [command for one in runs for command in _commands(one)]}
     for other in runs[1:]:
-        run["command"] += f"`, `{other['command']}"
         for name in ("rows", "tables", "curves"):
             run[name] = [*run[name], *other[name]]
         for name in ("errors", "others_busy_cores"):
             run[name] = run.get(name, {}) | other.get(name, {})
     return run
+
+
+def _commands(run: Mapping[str, Any]) -> list[list[Any]]:
+    """[command, sizes] of what was run."""
+    found: list[list[Any]] = run.get("commands") or [[run["command"], run["scale"]]]
+    return found
 
 
 # -- tables
@@ -165,12 +170,15 @@ def _markdown(rows: list[list[str]]) -> str:
 def readme_section(run: Mapping[str, Any]) -> str:
     """What stands between the two markers."""
     tables = {table["suite"]: table for table in reversed(run["tables"])}  # the first of each
-    scale = run["scale"]
+    made_by = "; ".join(
+        f"`{command}` ({scale['num_bytes'] / 1e6:.0f} MB of state, {scale['object_bytes'] / 1e6:.0f} MB on S3, "
+        f"{scale['num_tensors']:,} small tensors)"
+        for command, scale in _commands(run)
+    )
     intro = (
-        f"Made by `{run['command']}` ({scale['num_bytes'] / 1e6:.0f} MB of state, {scale['num_tensors']:,} small "
-        f"tensors) on {run['machine']}. Medians, and (least to most), of {scale['rounds']} rounds in which every "
-        'contender takes its turn; a ratio is taken within each round. Peers named "no fsync" return before their '
-        "bytes are on the disk."
+        f"Made by {made_by} on {run['machine']}. Medians, and (least to most), of {run['scale']['rounds']} rounds in "
+        "which every contender takes its turn; a ratio is taken within each round. Peers named "
+        '"no fsync" return before their bytes are on the disk.'
     )
     details = [
         goals_table(run["rows"], is_wide=True),
