@@ -516,6 +516,7 @@ def test_a_save_that_was_cleared_away_is_not_committed(tmp_path: Path) -> None:
         gate.wait_reached()
         with CheckpointManager(str(tmp_path)) as successor:
             successor.save(2, state(2))
+            successor.join()  # it has cleared away
             gate.open()
             with pytest.raises(CommitError, match=r"__0_0\.distcp"):
                 ending.join()
