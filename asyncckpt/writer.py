@@ -28,7 +28,9 @@ class BackgroundWriter:
 
     def __init__(self, max_pending: int) -> None:
         self._max_pending = max_pending
-        self._changed = threading.Condition()
+        # Taken as itself, not through the condition, whose `__enter__` is Python: Ctrl-C in it would leave the lock held.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._jobs: deque[Job] = deque()
         self._num_pending = 0
         self._num_resting = 0  # over, but for what they left to be done
@@ -38,31 +40,31 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
-        with self._changed:
+        with self._lock:
             return f"<BackgroundWriter {self._num_pending}/{self._max_pending} pending, {len(self._failures)} failed>"
 
     @property
     def is_full(self) -> bool:
-        with self._changed:
+        with self._lock:
             return self._num_pending >= self._max_pending
 
     def acquire(self) -> float:
         """Wait for a place in the queue and take it; seconds waited. Give it back by `submit` or `release`."""
         started = time.perf_counter()
-        with self._changed:
+        with self._lock:
             self._wait_for(lambda: self._num_pending < self._max_pending)
             self._num_pending += 1
         return time.perf_counter() - started
 
     def release(self) -> None:
         """Give back a place that was taken for a save that came to nothing."""
-        with self._changed:
+        with self._lock:
             self._num_pending -= 1
             self._changed.notify_all()
 
     def submit(self, job: Job) -> None:
         """Queue a job in the place that `acquire` took. What it raises is raised by `raise_failures`."""
-        with self._changed:
+        with self._lock:
             self._jobs.append(job)
             if self._thread is None:  # daemon: a job that hangs must not keep the process from ending
                 self._thread = threading.Thread(target=self._run, name="asyncckpt-writer", daemon=True)
@@ -71,27 +73,27 @@ class BackgroundWriter:
 
     def drain(self) -> None:
         """Wait until every job is over; what they left to be done may go on."""
-        with self._changed:
+        with self._lock:
             self._wait_for(lambda: not self._num_pending)
 
     def join(self, *, besides: int = 0) -> None:
         """Wait until nothing is pending or left to be done. besides: places that the caller itself holds."""
-        with self._changed:
+        with self._lock:
             self._wait_for(lambda: self._num_pending <= besides and not self._num_resting)
 
     def pause(self, seconds: float) -> None:
         """For a job, on its thread: leave the processor to the training loop, unless that waits for the job."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._num_waiting, seconds)
 
     @property
     def has_failures(self) -> bool:
-        with self._changed:
+        with self._lock:
             return bool(self._failures)
 
     def raise_failures(self) -> None:
         """Raise what failed in the background since the last call: the first failure, with notes on the others."""
-        with self._changed:
+        with self._lock:
             failures = list(self._failures)
             self._failures.clear()
         if failures:
@@ -102,7 +104,7 @@ class BackgroundWriter:
     def close(self) -> None:
         """Finish what is pending and end the thread; idempotent. Failures stay for `raise_failures`."""
         self.join()
-        with self._changed:
+        with self._lock:
             self._closing = True
             thread, self._thread = self._thread, None
             self._changed.notify_all()
@@ -122,13 +124,13 @@ class BackgroundWriter:
         while (job := self._next_job()) is not None:
             rest = self._attempt(job)
             del job  # it holds the staged copy
-            with self._changed:
+            with self._lock:
                 self._num_pending -= 1
                 self._num_resting += 1
                 self._changed.notify_all()
             if rest is not None:
                 self._attempt(rest)
-            with self._changed:
+            with self._lock:
                 self._num_resting -= 1
                 self._changed.notify_all()
 
@@ -136,11 +138,11 @@ class BackgroundWriter:
         try:
             return work()
         except BaseException as exc:  # a sink may call sys.exit(); without the thread `join` would never return
-            with self._changed:
+            with self._lock:
                 self._failures.append(exc)
             return None
 
     def _next_job(self) -> Job | None:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._jobs or self._closing)
             return self._jobs.popleft() if self._jobs else None
