@@ -28,7 +28,7 @@ class BackgroundWriter:
 
     def __init__(self, max_pending: int) -> None:
         self._max_pending = max_pending
-        # Taken as itself, not through the condition, whose `__enter__` is Python: Ctrl-C in it would leave the lock held.
+        # Taken as itself: the condition's `__enter__` is Python, and Ctrl-C in it would leave the lock held.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._jobs: deque[Job] = deque()
