@@ -51,7 +51,7 @@ class Scale:
 
 
 TINY = Scale("tiny", 1, 4 * MIB, 2 * MIB, 1, 2 * MIB, MIB, 200, 50, 2_000, 30, 4, 0.1)
-QUICK = Scale("quick", 5, GIB // 16, 16 * MIB, 5, 16 * MIB, 4 * MIB, 2_000, 500, 20_000, 300, 60, 0.12)
+QUICK = Scale("quick", 5, GIB // 32, 8 * MIB, 5, 8 * MIB, 2 * MIB, 600, 200, 10_000, 200, 30, 0.05)
 FULL = Scale("full", 5, 10**9, 500 * 10**6, 7, 10**9, 128 * MIB, 50_000, 10_000, 1_000_000, 10_000, 200, 3.0)
 
 
