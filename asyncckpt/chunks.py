@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from asyncckpt.framing import BLOCK_BYTES, Layout
 
-_HUGE = 2**62
+HUGE = 2**62
+"""Above every number of bytes or elements that a manifest may hold; sums of two still fit an int64."""
 
 Path = tuple[str | int, ...]
 Numbers = npt.NDArray[np.int64]
@@ -218,7 +219,7 @@ class Placement:
     @cached_property
     def payload_bytes(self) -> Numbers:
         """Of each chunk; an object's item is its payload."""
-        sizes = numbers(chain((min(payload_bytes_of(layout), _HUGE) for layout, _ in self.layouts), [0]))
+        sizes = numbers(chain((min(payload_bytes_of(layout), HUGE) for layout, _ in self.layouts), [0]))
         return np.where(self.layout < 0, self.length, sizes[self.layout])
 
     @cached_property

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from asyncckpt.chunks import Chunk, ChunkTable, keys_of
 from asyncckpt.errors import SaveError
-from asyncckpt.manifest import Chunk, ChunkTable, FileRecord, Head, keys_of
+from asyncckpt.manifest import FileRecord, Head
 from asyncckpt.read_items import read_items
 from asyncckpt.restore import OpenStep, Reserialising, open_step
 from asyncckpt.save import commit_step, make_manifest

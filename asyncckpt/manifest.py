@@ -38,35 +38,24 @@ from typing import Any
 import numpy as np
 
 from asyncckpt.chunks import (
+    HUGE,
     Checksums,
-    Chunk,
     ChunkTable,
-    Kept,
     Key,
     Keys,
     Numbers,
     Path,
     Placement,
-    keys_of,
-    merge,
     numbers,
-    payload_bytes_of,
 )
 from asyncckpt.errors import CheckpointError
 from asyncckpt.framing import Layout, crc32
-
-__all__ = [
-    "Checksums", "Chunk", "ChunkTable", "FileRecord", "Head", "Kept", "Key", "Keys", "Manifest", "ManifestError",
-    "Numbers", "Path", "Placement", "decode_manifest", "decode_records", "encode_manifest", "encode_records",
-    "keys_of", "merge", "payload_bytes_of",
-]  # fmt: skip
 
 FORMAT, VERSION = "asyncckpt", 1
 _CRC_MEMBER = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _NAMES_PER_CALL = 8192
 """What one call into C turns into text: about 1 ms, for which it holds the GIL beside a training loop."""
-_HUGE = 2**62
 
 Columns = Mapping[str, Sequence[Any] | Numbers]
 
@@ -442,7 +431,7 @@ def _dtype(name: Any) -> str:
 
 
 def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < _HUGE:
+    if type(value) is not int or not 0 <= value < HUGE:
         raise ValueError(f"{value!r} where a count, an index or an offset belongs")
     return value
 
@@ -453,7 +442,7 @@ def _naturals(values: Any) -> tuple[int, ...]:
     return tuple(map(_natural, values))
 
 
-def _numbers(values: Any, *, low: int = 0, stop: int = _HUGE) -> Numbers:
+def _numbers(values: Any, *, low: int = 0, stop: int = HUGE) -> Numbers:
     """A column of whole numbers in [low, stop), checked."""
     if type(values) is not list:
         raise TypeError(f"{type(values).__name__} where a column belongs")

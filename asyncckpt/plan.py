@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
+from asyncckpt.chunks import Keys, Numbers, keys_of
 from asyncckpt.errors import SaveError
 from asyncckpt.framing import encode_object
-from asyncckpt.manifest import Keys, Numbers, keys_of
 from asyncckpt.objects import check_object
 from asyncckpt.ranks import Ranks
 from asyncckpt.shard_layout import ShardLayout

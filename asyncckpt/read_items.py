@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
+from asyncckpt.chunks import Chunk, payload_bytes_of
 from asyncckpt.errors import DamagedStepError
 from asyncckpt.framing import BLOCK_BYTES, Layout
-from asyncckpt.manifest import Chunk, payload_bytes_of
 from asyncckpt.read import COALESCE_GAP_BYTES, RUN_BYTES, Read, carry_out, direct_reads, has_strides, verify
 from asyncckpt.shard import payload_view
 from asyncckpt.storage import Storage

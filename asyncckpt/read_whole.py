@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from asyncckpt.chunks import ChunkTable, Keys, Numbers
 from asyncckpt.framing import crc32
 from asyncckpt.local_file import address_of
-from asyncckpt.manifest import ChunkTable, Keys, Manifest, Numbers
+from asyncckpt.manifest import Manifest
 from asyncckpt.read import (
     COALESCE_GAP_BYTES,
     RUN_BYTES,

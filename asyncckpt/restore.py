@@ -29,10 +29,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.tensor import DTensor
 
+from asyncckpt.chunks import Chunk, Key, Keys, keys_of
 from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
 from asyncckpt.errors import DamagedStepError, RestoreError, StateMismatchError, StepNotFoundError
 from asyncckpt.framing import encode_object
-from asyncckpt.manifest import Chunk, Key, Keys, Manifest, ManifestError, decode_manifest, keys_of
+from asyncckpt.manifest import Manifest, ManifestError, decode_manifest
 from asyncckpt.objects import load_object
 from asyncckpt.per_rank import saved_ranks
 from asyncckpt.plan import Leaf, leaves

@@ -20,22 +20,12 @@ from typing import Any, TypeAlias
 import torch
 
 from asyncckpt import events
+from asyncckpt.chunks import ChunkTable, Key, Placement, merge
 from asyncckpt.dcp_metadata import pickle_metadata
 from asyncckpt.errors import CheckpointError, CommitError, DamagedStepError, SaveError, WriteError
 from asyncckpt.framing import crc32
 from asyncckpt.index import RunIndex
-from asyncckpt.manifest import (
-    ChunkTable,
-    FileRecord,
-    Head,
-    Key,
-    Manifest,
-    Placement,
-    decode_records,
-    encode_manifest,
-    encode_records,
-    merge,
-)
+from asyncckpt.manifest import FileRecord, Head, Manifest, decode_records, encode_manifest, encode_records
 from asyncckpt.plan import PlannedSave
 from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
 from asyncckpt.ranks import Ranks

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
+from asyncckpt.chunks import Checksums, ChunkTable, Numbers
 from asyncckpt.framing import BLOCK_BYTES, Layout, PayloadCrc, crc32, crc32_combine, crc32_of_equal, frame_of
-from asyncckpt.manifest import Checksums, ChunkTable, FileRecord, Numbers
+from asyncckpt.manifest import FileRecord
 from asyncckpt.shard_layout import REGION_BYTES, Run, ShardFile, ShardLayout
 from asyncckpt.storage import Storage
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from asyncckpt.chunks import Kept, Numbers, Placement
 from asyncckpt.framing import Layout, frame_of
-from asyncckpt.manifest import Kept, Numbers, Placement
 
 ALIGNED_PAYLOAD_BYTES = 1024 * 1024
 """From this size on a payload starts on a page of the file; smaller ones are copied anyway."""

@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from asyncckpt.chunks import Chunk
 from asyncckpt.errors import DamagedStepError
 from asyncckpt.framing import crc32
-from asyncckpt.manifest import Chunk, FileRecord, Manifest
+from asyncckpt.manifest import FileRecord, Manifest
 from asyncckpt.read_items import check_stock_item
 from asyncckpt.restore import OpenStep, join
 from asyncckpt.steps import DCP_METADATA

@@ -15,23 +15,18 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta
 
+from asyncckpt.chunks import Chunk, ChunkTable, Key, Keys, Placement, merge
 from asyncckpt.dcp_metadata import metadata_of, pickle_metadata, unpickle_metadata
 from asyncckpt.framing import Layout, crc32
 from asyncckpt.manifest import (
-    Chunk,
-    ChunkTable,
     FileRecord,
     Head,
-    Key,
-    Keys,
     Manifest,
     ManifestError,
-    Placement,
     decode_manifest,
     decode_records,
     encode_manifest,
     encode_records,
-    merge,
 )
 
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from asyncckpt import CheckpointManager, PerRank, ShardReader, ShardWriter
-from asyncckpt.manifest import Manifest, decode_manifest, payload_bytes_of
+from asyncckpt.chunks import payload_bytes_of
+from asyncckpt.manifest import Manifest, decode_manifest
 from tests.crew import Crew
 from tests.layouts import own, parts, state_of, target_of, whole
 from tests.parallel_runs import KINDS, SAVED_STEP, Run, resume, run_and_save

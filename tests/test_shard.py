@@ -11,8 +11,9 @@ import torch
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
+from asyncckpt.chunks import ChunkTable
 from asyncckpt.framing import crc32
-from asyncckpt.manifest import ChunkTable, FileRecord
+from asyncckpt.manifest import FileRecord
 from asyncckpt.shard import write_items
 from asyncckpt.storage import Storage, open_storage
 from asyncckpt.testing import RecordingStorage

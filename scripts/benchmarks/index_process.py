@@ -14,18 +14,9 @@ import time
 
 import numpy as np
 
+from asyncckpt.chunks import ChunkTable, Key, Keys, Placement
 from asyncckpt.framing import Layout
-from asyncckpt.manifest import (
-    ChunkTable,
-    FileRecord,
-    Head,
-    Key,
-    Keys,
-    Manifest,
-    Placement,
-    decode_manifest,
-    encode_manifest,
-)
+from asyncckpt.manifest import FileRecord, Head, Manifest, decode_manifest, encode_manifest
 from asyncckpt.storage import open_storage
 
 from .process import PeakRss
