@@ -123,19 +123,13 @@ class _Connection:
     def serve(self) -> None:
         with self._socket:
             try:
-                while head := self._head():
-                    self._answer(*head)
+                while True:
+                    self._answer(*self._head())
             except (ConnectionError, EOFError):
                 pass
 
-    def _head(self) -> tuple[str, str, dict[str, str]] | None:
-        while b"\r\n\r\n" not in self._waiting:
-            data = self._socket.recv(65536)
-            if not data:
-                return None
-            self._waiting += data
-        head, _, self._waiting = self._waiting.partition(b"\r\n\r\n")
-        lines = head.decode("latin1").split("\r\n")
+    def _head(self) -> tuple[str, str, dict[str, str]]:
+        lines = self._until(b"\r\n\r\n").decode("latin1").split("\r\n")
         method, target, _ = lines[0].split(" ", 2)
         headers = {
             name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])
@@ -181,20 +175,21 @@ class _Connection:
 
     def _chunks(self) -> Iterator[int]:
         """Lengths of the chunks of HTTP; the caller takes each chunk before it asks for the next."""
-        while length := int(self._line().partition(b";")[0], 16):
+        while length := int(self._until(b"\r\n").partition(b";")[0], 16):
             yield length
-            self._line()
-        while self._line():
+            self._until(b"\r\n")
+        while self._until(b"\r\n"):
             pass
 
-    def _line(self) -> bytes:
-        while b"\r\n" not in self._waiting:
+    def _until(self, mark: bytes) -> bytes:
+        """What comes before the mark, which goes too."""
+        while mark not in self._waiting:
             data = self._socket.recv(65536)
             if not data:
                 raise EOFError
             self._waiting += data
-        line, _, self._waiting = self._waiting.partition(b"\r\n")
-        return line
+        found, _, self._waiting = self._waiting.partition(mark)
+        return found
 
     def _take(self, length: int) -> bytes:
         while len(self._waiting) < length:

@@ -96,15 +96,9 @@ def _saves(bench: Bench, server: clients.Server) -> Rounds:
             yield lambda number: _measured(lambda: manager.manager.save(number, state), num_bytes, server, "ours")
 
     @contextmanager
-    def obstore() -> Iterator[Round]:
-        store = clients.obstore_store(server)
-        put = partial(clients.put_by_obstore, store, "obstore/data", data)
-        yield lambda _: _measured(put, num_bytes, server, "obstore")
-
-    @contextmanager
-    def s3fs() -> Iterator[Round]:
-        put = partial(clients.put_by_s3fs, clients.filesystem(server), "s3fs/data", data)
-        yield lambda _: _measured(put, num_bytes, server, "s3fs")
+    def raw(make: Callable[[Any], Any], put: Callable[..., None], name: str) -> Iterator[Round]:
+        client = make(server)
+        yield lambda _: _measured(lambda: put(client, f"{name}/data", data), num_bytes, server, name)
 
     @contextmanager
     def peer(save: Callable[..., None], name: str) -> Iterator[Round]:
@@ -112,8 +106,8 @@ def _saves(bench: Bench, server: clients.Server) -> Rounds:
 
     return bench.take_turns(
         {
-            OBSTORE: (LIMIT, obstore),
-            S3FS: (LIMIT, s3fs),
+            OBSTORE: (LIMIT, partial(raw, clients.obstore_store, clients.put_by_obstore, "obstore")),
+            S3FS: (LIMIT, partial(raw, clients.filesystem, clients.put_by_s3fs, "s3fs")),
             SAVE: (OURS, ours),
             STOCK_WRITER: (PEER, partial(peer, clients.save_by_fsspec_writer, "stock")),
             CONNECTOR_WRITER: (PEER, partial(peer, clients.save_by_s3torchconnector, "connector")),
