@@ -78,6 +78,12 @@ def _copy_from(
     return [stream.record_event()]
 
 
+def copy_bytes(view: Tensor, source: Tensor, start: int, stop: int) -> None:
+    """The bytes [start, stop) of dense CPU tensors of one layout, on this thread and without the GIL; `copy_` would
+    start another team of intra-op threads."""
+    ctypes.memmove(view.data_ptr() + start, source.data_ptr() + start, stop - start)
+
+
 class Borrowed:
     """Copies from CPU tensors that are made by whoever waits for them.
 
@@ -107,8 +113,7 @@ class Borrowed:
     def _copy(self, i: int, stop: int) -> None:
         start, stop = self._copied[i], min(stop, self._sources[i].nbytes)
         if start < stop and not self._is_over:
-            # Releases the GIL and stays on this thread; `copy_` would start another team of intra-op threads.
-            ctypes.memmove(self._views[i].data_ptr() + start, self._sources[i].data_ptr() + start, stop - start)
+            copy_bytes(self._views[i], self._sources[i], start, stop)
             self._copied[i] = stop
 
     def result(self) -> None:

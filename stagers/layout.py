@@ -119,9 +119,8 @@ def _checked_signature(flat: Flat) -> list[Any]:
         reason = _why_not(tensor)
         if reason:
             raise StagingError(f"{key!r} is {reason}, which cannot be staged. Nothing was copied.")
-    return [
-        (t.shape, t.stride(), t.dtype, None if t.is_cpu else t.device) for t in flat.tensors
-    ]  # None is quick to check
+    # None for the CPU, as `is_cpu` is quicker to check than a device.
+    return [(t.shape, t.stride(), t.dtype, None if t.is_cpu else t.device) for t in flat.tensors]
 
 
 def _is_alike(tensors: Sequence[Tensor], signature: Sequence[Any]) -> bool:

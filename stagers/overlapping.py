@@ -8,7 +8,6 @@ fused optimizers, native batch_norm, `.data` and numpy do not count, which is wh
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -173,8 +172,7 @@ def _finish(late: Sequence[_Late], events: Sequence[torch.Event]) -> None:
     try:
         for copy in late:
             if copy.source.device.type == "cpu":
-                # Releases the GIL and stays on this thread; `copy_` would start a second team of intra-op threads.
-                ctypes.memmove(copy.view.data_ptr(), copy.source.data_ptr(), copy.place.num_bytes)
+                copying.copy_bytes(copy.view, copy.source, 0, copy.place.num_bytes)
         for event in events:
             event.synchronize()
     except Exception as error:

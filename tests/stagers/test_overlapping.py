@@ -215,7 +215,7 @@ class TestOverlappingAsyncStager(StagerTests):
         """Training goes on; the save fails."""
         parameter, optimizer = owned()
         stager.watch(optimizer)
-        monkeypatch.setattr(overlapping_module.ctypes, "memmove", lambda *args: 1 / 0)
+        monkeypatch.setattr("ctypes.memmove", lambda *args: 1 / 0)
         snapshot = stager.snapshot({"p": parameter})
         optimizer.step()
         with pytest.raises(StagingError, match="division by zero"):
