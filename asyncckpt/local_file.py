@@ -9,8 +9,7 @@ import errno
 import fcntl
 import mmap
 import os
-import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Self
 
 import numpy as np
 
-from asyncckpt.parallel import for_each
+from asyncckpt.parallel import Arrivals, for_each
 
 # O_DIRECT writes past the page cache. On the machine this was measured on (ext4 on virtio, 1 GiB, 2 cores) that is 1.8x
 # the rate and an eighth of the CPU of buffered writes plus fsync; 2 to 4 threads of 16 MiB reach the limit of the disk,
@@ -166,25 +165,15 @@ def read_ranges(
 
     EOFError if the file ends first. When this returns or raises, no thread is left that writes into a view.
     """
-    pieces = list(_pieces(ranges))
-    num_left = Counter(index for _, _, indices in pieces for index in indices)
-    lock = threading.Lock()
-
-    def is_last(index: int) -> bool:
-        with lock:
-            num_left[index] -= 1
-            return not num_left[index]
+    arrivals = Arrivals(ranges, filled)
 
     def read(piece: tuple[int, list[memoryview], list[int]]) -> None:
         offset, views, indices = piece
         _read_full(descriptor, offset, views, what)
-        for index in filter(is_last, indices):
-            filled(index)
+        for index, view in zip(indices, views, strict=True):
+            arrivals.add(index, len(view))
 
-    for index, (_, view) in enumerate(ranges):
-        if not view:
-            filled(index)
-    for_each(read, pieces, num_threads)
+    for_each(read, list(_pieces(ranges)), num_threads)
 
 
 def advise_sequential(descriptor: int) -> None:

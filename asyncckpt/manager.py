@@ -301,7 +301,9 @@ class CheckpointManager:
                 snapshot.release()
             raise
         _, _, _, sequence, token = rows[0]
-        return SaveJob(step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started, 0.0, borrow)
+        return SaveJob(
+            step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started, is_borrowed=borrow
+        )
 
     def _snapshot(self, step: int, state: State, borrow: bool) -> StagedSnapshot:
         if self._index.is_foreign(step):

@@ -1,13 +1,13 @@
 """The same work on many things, on a few threads, none of which is left running when it ends.
 
-For work that blocks without the GIL: reads, writes, checksums. Called by local_file.py and read.py.
+For work that blocks without the GIL: reads, writes, checksums. Called by local_file.py, storage_fsspec.py and read.py.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -57,3 +57,24 @@ def for_each(
             raise errors[0]
     finally:
         errors.clear()  # else an error and this frame keep each other, and the memory they know, alive
+
+
+class Arrivals:
+    """Calls `filled` with the index of each range whose bytes are all there, on the thread that brought the last of
+    them; of empty ones when made."""
+
+    def __init__(self, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None]) -> None:
+        self._filled = filled
+        self._left = [len(view) for _, view in ranges]
+        self._lock = threading.Lock()
+        for index, left in enumerate(self._left):
+            if not left:
+                filled(index)
+
+    def add(self, index: int, num_bytes: int) -> None:
+        """More than 0 bytes of a range have come."""
+        with self._lock:
+            self._left[index] -= num_bytes
+            is_full = not self._left[index]
+        if is_full:
+            self._filled(index)

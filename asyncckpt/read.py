@@ -111,6 +111,12 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
+def payload_tensor(payload: memoryview, layout: Layout, shape: Sequence[int]) -> torch.Tensor:
+    """A copy of the payload of a box, or of what lies between its ends in a larger one's; the place in a read need not
+    be aligned for the dtype. layout: of what it is a part of."""
+    return torch.frombuffer(bytearray(payload), dtype=layout.torch_dtype).as_strided(tuple(shape), layout.stride)
+
+
 def verify(url: str, path: str, key: str, offset: int, expected: int, view: memoryview) -> None:
     found = crc32(view)
     if found != expected:

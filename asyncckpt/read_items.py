@@ -23,7 +23,16 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from asyncckpt.chunks import Chunk, payload_bytes_of
 from asyncckpt.errors import DamagedStepError
 from asyncckpt.framing import BLOCK_BYTES, Layout
-from asyncckpt.read import COALESCE_GAP_BYTES, RUN_BYTES, Read, carry_out, direct_reads, has_strides, verify
+from asyncckpt.read import (
+    COALESCE_GAP_BYTES,
+    RUN_BYTES,
+    Read,
+    carry_out,
+    direct_reads,
+    has_strides,
+    payload_tensor,
+    verify,
+)
 from asyncckpt.shard import payload_view
 from asyncckpt.storage import Storage
 
@@ -190,9 +199,7 @@ def _copy_box(view: memoryview, first: int, layout: Layout, item: ReadItem, targ
     if whole is not None and whole.nbytes == len(piece):
         payload_view(whole)[:] = piece
         return
-    # A fresh bytearray: a view into a coalesced read need not be aligned for the dtype.
-    source = torch.frombuffer(bytearray(piece), dtype=layout.torch_dtype)
-    target.copy_(source.as_strided(tuple(item.lengths), layout.stride))
+    target.copy_(payload_tensor(piece, layout, item.lengths))
 
 
 def check_stock_item(data: bytes) -> str:

@@ -32,6 +32,7 @@ from asyncckpt.read import (
     direct_reads,
     flat_bytes,
     has_strides,
+    payload_tensor,
     upload_reads,
     verify,
 )
@@ -249,6 +250,4 @@ def _deliver(whole: Whole, position: int, piece: memoryview, objects: dict[str, 
     else:
         place = whole.chunks.placement
         layout, _ = place.layouts[place.layout[whole.chunk[position]]]
-        # A copy, as the place in a read need not be aligned for the dtype.
-        source = torch.frombuffer(bytearray(piece), dtype=layout.torch_dtype)
-        tensor.detach().copy_(source.as_strided(layout.shape, layout.stride))
+        tensor.detach().copy_(payload_tensor(piece, layout, layout.shape))

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from asyncckpt.chunks import Checksums, ChunkTable, Numbers
 from asyncckpt.framing import BLOCK_BYTES, Layout, PayloadCrc, crc32, crc32_combine, crc32_of_equal, frame_of
+from asyncckpt.local_file import address_of
 from asyncckpt.manifest import FileRecord
 from asyncckpt.shard_layout import REGION_BYTES, Run, ShardFile, ShardLayout
 from asyncckpt.storage import Storage
@@ -57,9 +58,7 @@ class Regions:
         self._free: deque[mmap.mmap] = deque()
 
     def take(self, num_bytes: int) -> memoryview:
-        """Its contents are arbitrary."""
-        if num_bytes > REGION_BYTES:
-            return memoryview(bytearray(num_bytes))
+        """At most REGION_BYTES; the contents are arbitrary."""
         try:
             region = self._free.pop()
         except IndexError:
@@ -117,7 +116,7 @@ class Resolved:
 
     def places_in(self, memory: memoryview) -> Places:
         """[start, stop) of each tensor in `memory`, in which all lie; (0, 0) for an object. A row for each item."""
-        base, places = np.frombuffer(memory, np.uint8).ctypes.data, []
+        base, places = address_of(memory), []
         for tensor in self.tensors:
             if tensor is None or not tensor.numel():
                 places.append((0, 0))

@@ -39,7 +39,7 @@ class Run:
 
     @property
     def is_large(self) -> bool:
-        return frame_of(self.layout).payload_bytes >= ALIGNED_PAYLOAD_BYTES
+        return _is_large(self.layout)
 
 
 @dataclass(slots=True)
@@ -111,13 +111,17 @@ def _next_page(position: int) -> int:
     return position + -position % PAGE_BYTES
 
 
+def _is_large(layout: Layout) -> bool:
+    return frame_of(layout).payload_bytes >= ALIGNED_PAYLOAD_BYTES
+
+
 def _runs(layouts: Sequence[Layout | None], same_as: Sequence[int]) -> Iterator[tuple[Layout, Sequence[int]]]:
     """Each large tensor in plan order, then the small ones by layout; tied ones once."""
     small: dict[Layout, list[int]] = {}
     for row, layout in enumerate(layouts):
         if layout is None or same_as[row] != row:
             continue
-        if frame_of(layout).payload_bytes >= ALIGNED_PAYLOAD_BYTES:
+        if _is_large(layout):
             yield layout, [row]
         else:
             small.setdefault(layout, []).append(row)

@@ -11,7 +11,6 @@ import errno
 import os
 import secrets
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +23,7 @@ from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from asyncckpt.client_errors import OUT_OF_RANGE, named_client_errors
-from asyncckpt.parallel import for_each
+from asyncckpt.parallel import Arrivals, for_each
 from asyncckpt.s3_obstore import ObstoreBucket
 from asyncckpt.s3_settings import UntranslatableError
 from asyncckpt.s3_upload import S3Upload, abort_uploads
@@ -127,13 +126,7 @@ class FsspecStorage:
         self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
     ) -> None:
         full, what, bucket = self._full(path), self._what("read", path), self._obstore()
-        left = Counter({index: len(view) for index, (_, view) in enumerate(ranges)})
-        lock = threading.Lock()
-
-        def is_full(index: int, num_bytes: int) -> bool:
-            with lock:
-                left[index] -= num_bytes
-                return not left[index]
+        arrivals = Arrivals(ranges, filled) if filled else None
 
         def read(request: _Request) -> None:
             start, end, pieces = request
@@ -143,15 +136,10 @@ class FsspecStorage:
                     raise EOFError(f"{what}: the file ends at byte {start + len(chunk)}, byte {end - 1} was asked for")
                 for offset, view, _ in pieces:
                     view[:] = chunk[offset - start : offset - start + len(view)]
-            if filled:
+            if arrivals:
                 for _, view, index in pieces:
-                    if is_full(index, len(view)):
-                        filled(index)
+                    arrivals.add(index, len(view))
 
-        if filled:
-            for index, (_, view) in enumerate(ranges):
-                if not len(view):
-                    filled(index)
         # Other filesystems are not known to take several calls at once.
         for_each(read, _requests(ranges), self._num_threads if self._client in ("s3fs", "gcsfs") else 1)
 
