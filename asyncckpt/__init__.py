@@ -16,7 +16,8 @@ General layout, in the order in which a save passes through it (each module impo
     steps, index                      what a listing says; which steps there are
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
     per_rank                          values that each rank keeps for itself
-    shard_layout, objects, plan       where items lie in files; what may be saved, and who writes what
+    shard_layout, objects             where items lie in files; what may be saved
+    global_plan, plan                 who writes what: rank 0's decision, and how the ranks come to it
     shard                             items to bytes
     read, read_items, read_whole      and back: ranges of files; load plans; what needs no plan
     restore, save, verify             one step; `save` is the writer thread's half of a manager
@@ -43,7 +44,7 @@ from asyncckpt.errors import (
     UnsafeObjectError,
     WriteError,
 )
-from asyncckpt.events import Committed, Event, Failed, Pruned, Restored, Skipped, Staged, Written, log_events
+from asyncckpt.events import Committed, Event, Failed, Merged, Pruned, Restored, Skipped, Staged, Written, log_events
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.per_rank import PerRank
 from asyncckpt.policy import (
@@ -99,6 +100,7 @@ __all__ = [
     "Pruned",
     "Failed",
     "Restored",
+    "Merged",
     "Skipped",
     "log_events",
     "__version__",

@@ -107,6 +107,16 @@ class Restored(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merged(Event):
+    """Ranks gave different values under the same keys, and the lowest rank's was taken (training thread of rank 0).
+
+    Reported when a save is planned, of objects and of small tensors on the CPU. `PerRank` keeps each rank's own.
+    """
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Skipped(Event):
     """A save that was due did not happen, or storage cannot do what the design asks (training or writer thread)."""
 
@@ -127,6 +137,12 @@ def log_events(event: Event) -> None:
             )  # fmt: skip
         case Failed():
             logger.error("step %d at %s: %s failed: %s", event.step, event.url, event.phase, event.error)
+        case Merged():
+            logger.warning(
+                "step %d at %s: ranks have different values of %d keys, of which the lowest rank's is kept: %s. "
+                "PerRank keeps each rank's own",
+                event.step, event.url, len(event.keys), ", ".join(event.keys[:8]),
+            )  # fmt: skip
         case Skipped():
             logger.warning("step %d at %s skipped: %s", event.step, event.url, event.reason)
         case Restored() if event.ignored_keys or event.skipped_steps:

@@ -283,17 +283,21 @@ class CheckpointManager:
         if status == _STAGED:
             try:
                 facts = json_metadata(metadata), finite_metrics(metrics)
-                snapshot = self._snapshot(step, state, borrow)
+                view = self._view(step, state)
+                snapshot = self._snapshot(view, borrow)
             except Exception as exc:
                 status, failure = _FAILED, self._located(exc, step)
         try:
             structure = getattr(snapshot, "structure", None)
-            replan = not self._planning.is_current(structure)
+            is_new = not self._planning.is_current(structure)
             sequence, token = self._index.take_sequence(), new_token()
-            rows = self._ranks.agree([status, step, replan, sequence, token], phase="save")
+            rows = self._ranks.agree([status, step, is_new, sequence, token], phase="save")
             self._raise_disagreement(step, rows, failure)
             assert snapshot is not None
-            planned = self._planning.plan(snapshot.state_dict, structure, replan=any(row[2] for row in rows))
+            replan = any(row[2] for row in rows)
+            planned = self._planning.plan(view, snapshot.state_dict, structure, replan=replan)
+            if replan and planned.plan.differing:
+                self._emit_now(events.Merged, step, keys=planned.plan.differing)
         except BaseException:
             if snapshot is not None:
                 with contextlib.suppress(StagingError):
@@ -305,7 +309,8 @@ class CheckpointManager:
             step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started, is_borrowed=borrow
         )
 
-    def _snapshot(self, step: int, state: State, borrow: bool) -> StagedSnapshot:
+    def _view(self, step: int, state: State) -> dict[str, Any]:
+        """What is to be saved, not yet copied."""
         if self._index.is_foreign(step):
             raise SaveError(
                 f"step {step} at {self.url} holds a checkpoint of another writer (stock DCP or torch_xla), which "
@@ -317,6 +322,9 @@ class CheckpointManager:
         if isinstance(state, TrainState) and isinstance(self._stager, OverlappingAsyncStager):
             for optimizer in state.optimizers:
                 self._stager.watch(optimizer)
+        return view
+
+    def _snapshot(self, view: dict[str, Any], borrow: bool) -> StagedSnapshot:
         try:
             snapshot = self._stager.borrow(view) if borrow else self._stager.snapshot(view)
         except StagingError:

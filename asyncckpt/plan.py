@@ -1,7 +1,8 @@
-"""Who writes what: DCP's planners, asked only when the structure of the state changed.
+"""Who writes what: each rank's items by DCP's planner, exchanged only when the structure of the state changed.
 
 Runs on the training thread, because a change of structure is exchanged between the ranks with collectives; in steady
-state it costs a comparison. Also the state dict's walk that the planners' flattening implies: leaves by fqn. Called by
+state it costs a comparison. Which rank writes what several have is global_plan.py's to say, or that of a planner with a
+global plan of its own. Also the state dict's walk that the planners' flattening implies: leaves by fqn. Called by
 manager.py; writing is shard.py's job, reading restore.py's.
 """
 
@@ -9,19 +10,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from asyncckpt.chunks import Keys, Numbers, keys_of
 from asyncckpt.errors import SaveError
-from asyncckpt.framing import encode_object
-from asyncckpt.objects import check_object
+from asyncckpt.framing import crc32, encode_object
+from asyncckpt.global_plan import SPREAD_BYTES, Assignment, LocalItems, assign
+from asyncckpt.objects import check_object, is_plain
 from asyncckpt.ranks import Ranks
 from asyncckpt.shard_layout import ShardLayout
 from stagers import StateDict
@@ -93,17 +94,34 @@ def value_at(state_dict: Mapping[str, Any], path: Path) -> Any:
     return value
 
 
+def digests(state_dict: Mapping[str, Any]) -> dict[str, int]:
+    """{fqn: a checksum} of what is cheap to compare with other ranks' values of the same key: plain objects, and small
+    tensors on the CPU, such as a state of random numbers."""
+    found = {}
+    for fqn, leaf in leaves(state_dict).items():
+        value = leaf.value
+        if type(value) in (torch.Tensor, torch.nn.Parameter):
+            if value.is_cpu and value.layout is torch.strided and value.nbytes <= SPREAD_BYTES:
+                dense = value.detach().resolve_conj().resolve_neg().contiguous()
+                found[fqn] = crc32(dense.reshape(-1).view(torch.uint8).numpy())
+        elif not isinstance(value, torch.Tensor) and is_plain(value) and "{" not in (text := repr(value)):
+            found[fqn] = crc32(text.encode())  # not of a set, whose order is each process's own
+    return found
+
+
 @dataclass(eq=False)
 class Plan:
-    """Who writes what, the same object for as long as the structure stays. metadata: only on the coordinator.
+    """Who writes what, the same object for as long as the structure stays. all_keys: of all ranks; None elsewhere than
+    on the coordinator. differing: keys that ranks have different values for, of which the lowest rank's is written.
 
     objects: where this rank's objects are. layout, places: of the items in the files, and of the tensors in the staging
     buffer; the writer thread finds them at the first save, if the planner gives out what it is given.
     """
 
     items: Sequence[WriteItem]
-    metadata: Metadata | None
+    all_keys: Keys | None
     objects: Mapping[str, Path]
+    differing: tuple[str, ...] = ()
     layout: ShardLayout | None = None
     places: Numbers | None = None
 
@@ -112,10 +130,10 @@ class Plan:
         """The path of each object among the items; None for one that makes its own items."""
         return [self.objects.get(item.index.fqn) for item in self.items if item.type == WriteItemType.BYTE_IO]
 
-    @cached_property
+    @property
     def keys(self) -> Keys:
-        assert self.metadata is not None
-        return keys_of(self.metadata)
+        assert self.all_keys is not None
+        return self.all_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +154,7 @@ class PlannedSave:
         """The planner, holding the staged state dict; to be called once. Where the plan is an old one this flattens it,
         some microseconds per tensor that the training thread is spared."""
         if not self._is_set_up:
-            self._planner.set_up_planner(self.state_dict, is_coordinator=self.plan.metadata is not None)
+            self._planner.set_up_planner(self.state_dict, is_coordinator=self.plan.all_keys is not None)
         return self._planner
 
     def objects(self) -> list[bytes]:
@@ -169,28 +187,58 @@ class SavePlanning:
         """Whether the plan at hand fits a state dict of this structure (a stager's `snapshot.structure`)."""
         return self._plan is not None and structure is not None and structure == self._structure
 
-    def plan(self, state_dict: StateDict, structure: int | None, *, replan: bool) -> PlannedSave:
-        """A plan for the staged `state_dict`. replan: a collective call, asked for if any rank's structure changed."""
+    def plan(
+        self, view: Mapping[str, Any], state_dict: StateDict, structure: int | None, *, replan: bool
+    ) -> PlannedSave:
+        """A plan for the staged `state_dict`. view: what it is, or will be, a copy of. replan: a collective call, asked
+        for if any rank's structure changed."""
         # A copy, because the planner holds one save's tensors while the writer may still be busy with another's.
         planner = copy.copy(self._template)
         if replan:
             objects = self._plan.objects if self._plan is not None and self.is_current(structure) else self._objects
             self._plan = None
-            save_plan, metadata = self._exchange(planner, state_dict)
-            self._plan = Plan(save_plan.items, metadata, objects)
+            local = self._attempt(lambda: self._local_plan(planner, state_dict))
+            if _has_own_global_plan(planner):
+                self._plan = self._plan_by(planner, local, objects)
+            else:
+                self._plan = self._plan_together(planner, local, objects, view)
             self._structure = structure
         assert self._plan is not None
         return PlannedSave(self._plan, state_dict, planner, replan)
 
-    def _exchange(self, planner: SavePlanner, state_dict: StateDict) -> tuple[SavePlan, Metadata | None]:
-        """Local plans to the coordinator, the global plan back. A failure anywhere is raised everywhere."""
+    def _local_plan(self, planner: SavePlanner, state_dict: StateDict) -> SavePlan:
+        planner.set_up_planner(state_dict=state_dict, is_coordinator=self._ranks.is_coordinator)
+        return planner.create_local_plan()
+
+    # A failure on any rank reaches the coordinator as a value, and is raised on all of them.
+
+    def _plan_together(
+        self, planner: SavePlanner, local: SavePlan | SaveError, objects: Mapping[str, Path], view: Mapping[str, Any]
+    ) -> Plan:
+        """All ranks' items to the coordinator, and back to each the numbers of those it writes."""
+        ranks, is_alone = self._ranks, self._ranks.world_size == 1
+
+        def mine() -> LocalItems | bytes:
+            items = LocalItems.of(_value(local), {} if is_alone else digests(view))
+            return items if is_alone else items.encode()
+
+        def assigned() -> Assignment:
+            return assign([part if is_alone else LocalItems.decode(part) for part in map(_value, parts)])
+
+        parts = ranks.gather_objects(self._attempt(mine), phase="plan")
+        everything = self._attempt(assigned) if ranks.is_coordinator else None
+        shares = everything.written if isinstance(everything, Assignment) else [everything] * ranks.world_size
+        share = _value(ranks.scatter_objects(shares, phase="plan"))
+        mine_all: SavePlan = _value(local)
+        plan = planner.finish_plan(replace(mine_all, items=[mine_all.items[number] for number in share.tolist()]))
+        if not isinstance(everything, Assignment):
+            return Plan(plan.items, None, objects)
+        return Plan(plan.items, everything.keys, objects, everything.differing)
+
+    def _plan_by(self, planner: SavePlanner, local: SavePlan | SaveError, objects: Mapping[str, Path]) -> Plan:
+        """Local plans to the coordinator, the planner's global plan back."""
         ranks = self._ranks
-
-        def local_plan() -> SavePlan:
-            planner.set_up_planner(state_dict=state_dict, is_coordinator=ranks.is_coordinator)
-            return planner.create_local_plan()
-
-        local_plans = ranks.gather_objects(self._attempt(local_plan), phase="plan")
+        local_plans = ranks.gather_objects(local, phase="plan")
         parts, metadata = None, None
         if ranks.is_coordinator:
             made = self._attempt(lambda: planner.create_global_plan([_value(plan) for plan in local_plans]))
@@ -200,7 +248,7 @@ class SavePlanning:
         for rank, (failed,) in enumerate(ranks.agree([isinstance(plan, SaveError)], phase="plan")):
             if failed and not isinstance(plan, SaveError):
                 raise SaveError(f"rank {rank} could not plan the save, see its error. Nothing was written.", rank=rank)
-        return _value(plan), metadata
+        return Plan(_value(plan).items, None if metadata is None else keys_of(metadata), objects)
 
     def _attempt(self, function: Callable[[], Any]) -> Any:
         """The result or, so that the other ranks hear of it, the failure as a value."""
@@ -213,6 +261,17 @@ class SavePlanning:
             error = SaveError(what, rank=self._ranks.rank)
             error.__cause__ = exc
             return error
+
+
+def _has_own_global_plan(planner: SavePlanner) -> bool:
+    """Whether the planner would plan otherwise than DCP's default one, or has been told to."""
+    methods = ("create_global_plan", "_create_global_plan", "_dedup_save_plans", "finish_plan")
+    return (
+        not isinstance(planner, DefaultSavePlanner)
+        or any(getattr(type(planner), name, 0) != getattr(DefaultSavePlanner, name, 0) for name in methods)
+        or planner.dedup_save_to_lowest_rank
+        or planner._enable_plan_caching
+    )
 
 
 def _value(result: Any) -> Any:
