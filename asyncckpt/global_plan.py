@@ -115,6 +115,10 @@ def _merged_keys(parts: Sequence[LocalItems]) -> tuple[Keys, list[Numbers]]:
     paths: list[Path] = []
     key_of: list[Numbers] = []
     for rank, part in enumerate(parts):
+        before = parts[rank - 1]
+        if rank and (part.fqns, part.kinds, part.kind) == (before.fqns, before.kinds, before.kind):
+            key_of.append(key_of[-1])  # as nearly all ranks of a job with sharded parameters
+            continue
         theirs = [*(kinds.setdefault(one, len(kinds)) for one in part.kinds), -1]
         of_rank = []
         for fqn, path, local_kind in zip(part.fqns, part.paths, part.kind, strict=True):
