@@ -15,6 +15,7 @@ def check_arguments(
     num_of_threads: int | None,
     on_busy: str,
     timeout: float,
+    grace_period: float | None,
 ) -> None:
     for name, value, least in (
         ("save_interval", save_interval, 1),
@@ -28,6 +29,8 @@ def check_arguments(
         raise ValueError(f'on_busy must be "wait" or "skip", got {on_busy!r}')
     if not timeout > 0:
         raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}")
+    if grace_period is not None and not 0 < grace_period < math.inf:
+        raise ValueError(f"grace_period must be a finite number of seconds above 0, or None, got {grace_period!r}")
 
 
 def check_step(step: int) -> None:

@@ -33,11 +33,11 @@ from asyncckpt.events import log_events
 from asyncckpt.index import RunIndex
 from asyncckpt.plan import SavePlanning
 from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
-from asyncckpt.preemption import SigtermHandler
+from asyncckpt.preemption import GracePeriod, SavePace, SigtermHandler, in_ms, why_too_late
 from asyncckpt.ranks import Ranks
 from asyncckpt.restore import OpenStep, Restoring, open_step, prepare, read
 from asyncckpt.save import SaveJob, Saver
-from asyncckpt.state import State, for_restore, for_save, take_restored
+from asyncckpt.state import State, for_restore, for_save, num_bytes_of, take_restored
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
 from asyncckpt.storage import open_storage
 from asyncckpt.sync_point import SyncPoint
@@ -66,7 +66,11 @@ class CheckpointManager:
     max_pending_async: saves taken and not yet committed, the one being written among them.
     num_of_threads: transfers in flight on this rank; None lets storage choose.
     process_group: who takes part; the world by default. No message is ever sent over it.
-    chkpt_on_preemption: after SIGTERM the next step saves, whatever the interval, on all ranks the same one.
+    chkpt_on_preemption: after SIGTERM the next step saves, whatever the interval, on all ranks the same one. Neither
+        on_busy="skip" nor a save policy by the clock keeps it from that.
+    grace_period: seconds from SIGTERM until the process is killed; None: not known, and that save is always tried. If
+        it could not be committed in time on all ranks, judged by the last saves, it is skipped, an event says so, and
+        saves in flight are finished. A C call in which SIGTERM comes is not seen: take your longest step off.
     stager: default `BlockingAsyncStager()`: right for any training loop. `OverlappingAsyncStager()` returns at once,
         but then a parameter may be edited by hand only after `wait_staged()`. The manager closes it.
     on_busy: when the queue is full, "wait" for a place (a stall, reported) or "skip" the save (an event says so).
@@ -102,8 +106,9 @@ class CheckpointManager:
         load_planner: LoadPlanner | None = None,
         safe_globals: Iterable[Any] = (),
         timeout: float = 600.0,
+        grace_period: float | None = None,
     ) -> None:
-        check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout)
+        check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout, grace_period)
         self._storage = open_storage(path, storage_options, num_threads=num_of_threads, transfer=transfer)
         self._sinks = (log_events, *events)
         self._policy = save_policy or SaveEvery(save_interval)
@@ -114,6 +119,7 @@ class CheckpointManager:
         self._index = RunIndex()
         self._is_preempted = False
         self._preempted_at: int | None = None
+        self._grace, self._pace = GracePeriod(grace_period), SavePace()
         self._sigterm: SigtermHandler | None = None
         if chkpt_on_preemption:
             self._sigterm = SigtermHandler(self._on_sigterm)
@@ -129,6 +135,7 @@ class CheckpointManager:
             self._uninstall_sigterm()
             raise
         self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout))
+        self._ask_again()  # if SIGTERM came meanwhile
         self._planning = SavePlanning(self._ranks, save_planner, self._safe_globals)
         self._max_pending = max_pending_async
         self._last_step: int | None = None
@@ -169,6 +176,7 @@ class CheckpointManager:
             self._is_preempted |= PREEMPTION in self._sync_point.reasons
         if (failure := self._sync_point.take_failure()) is not None:
             self._emit_now(events.Skipped, step, reason=failure)
+            self._ask_again()
         return self._is_requested or self._wants(step)
 
     def _wants(self, step: int) -> bool:
@@ -178,7 +186,9 @@ class CheckpointManager:
             return False
         wanted = self._policy.should_save(step, self._last_step, time.monotonic() - self._last_time)
         if wanted and by_clock and self._ranks.world_size > 1:
-            self._sync_point.request(CLOCK)
+            # What would be skipped is not asked for: each request holds up all ranks for a moment.
+            if self._on_busy == "wait" or not self._writer.is_full:
+                self._sync_point.request(CLOCK)
             return False
         return wanted
 
@@ -244,8 +254,14 @@ class CheckpointManager:
         due = self.should_save(step)
         if not due and not force:
             return None
-        if self._on_busy == "skip" and not force and not self._is_requested and self._is_any_busy(step):
+        is_for_sigterm = self._is_preempted and self._preempted_at is None
+        if is_for_sigterm and not force and (reason := self._why_too_late(step, state)):
+            self._emit_now(events.Skipped, step, reason=reason)
+            self._preempted_at, self._is_requested = step, False
+            return None
+        if self._on_busy == "skip" and not force and not is_for_sigterm and self._is_any_busy(step):
             self._emit_now(events.Skipped, step, reason="an earlier save is still being written")
+            self._is_requested = False
             return None
         wait_s = self._writer.acquire()
         try:
@@ -254,15 +270,25 @@ class CheckpointManager:
             self._writer.release()
             raise
         job.stall_s = time.perf_counter() - started
+        stage_s = job.stall_s - wait_s
         self._emit_now(
             events.Staged, step,
-            num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=job.stall_s - wait_s, stall_s=job.stall_s,
+            num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=stage_s, stall_s=job.stall_s,
         )  # fmt: skip
-        self._writer.submit(lambda: self._saver.run(job))
+        self._writer.submit(self._pace.timed(job.snapshot.num_bytes, stage_s, lambda: self._saver.run(job)))
         self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
         if self._is_preempted and self._preempted_at is None:
             self._preempted_at = step
         return job.snapshot
+
+    def _why_too_late(self, step: int, state: State) -> str:
+        """Why a save at this step would be too late, or "": the same word on all ranks. A collective call."""
+        rows = self._ranks.agree([step, self._grace.is_running], phase="preempt")
+        if not any(row[1] for row in rows):
+            return ""
+        # The ranks came one by one; only what each says now is of one moment.
+        needed_s = self._pace.needed_s(num_bytes_of(state, self._ranks.rank))
+        return why_too_late(self._ranks.agree([in_ms(self._grace.left_s()), in_ms(needed_s)], phase="preempt"))
 
     def _is_any_busy(self, step: int) -> bool:
         busy = self._ranks.agree([step, self._writer.is_full], phase="busy")
@@ -398,11 +424,13 @@ class CheckpointManager:
 
     def join(self) -> None:
         """Wait until every save taken is committed. Raises what failed."""
+        self._drain()
         self._writer.join()
         self._writer.raise_failures()
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether a preemption notice has come and its save was taken, at this step or before: time to leave the loop.
+        """Whether a preemption notice has come and its save was taken, at this step or before, or would have been too
+        late (`grace_period`): time to leave the loop.
 
         To be asked after `save` or `save_async`, which must be called at every step to hear of it.
         """
@@ -612,6 +640,7 @@ class CheckpointManager:
             return
         self._is_closed = True
         try:
+            self._drain()
             self._writer.close()
             if meet:
                 with contextlib.suppress(CheckpointError):  # one is gone: what was committed is committed
@@ -622,6 +651,19 @@ class CheckpointManager:
             self._ranks.close()
             self._uninstall_sigterm()
         self._writer.raise_failures()
+
+    def _drain(self) -> None:
+        """Wait for the saves in flight. The end of the grace period is told, not obeyed: they may yet succeed."""
+        if self._grace.seconds is None:
+            return
+        while not self._writer.drain(max(0.0, min(1.0, self._grace.left_s()))):  # SIGTERM may come only now
+            if self._grace.left_s() <= 0:
+                self._emit_now(
+                    events.Skipped, self._last_step or 0,
+                    reason=f"the grace period of {self._grace.seconds:g} s is over and this save still goes on: it is "
+                    f"lost if the process is killed now. Committed are {self.all_steps() or 'none'}",
+                )  # fmt: skip
+                return
 
     def _located(self, error: Exception, step: int) -> Exception:
         """`error`, saying where it happened."""
@@ -653,10 +695,16 @@ class CheckpointManager:
         self._index.load(summary, steps)
 
     def _on_sigterm(self) -> None:
-        sync_point = getattr(self, "_sync_point", None)
-        # None: the constructor was still busy. A later signal, on another rank, means the same preemption.
+        self._grace.begin()
+        sync_point = getattr(self, "_sync_point", None)  # None: the constructor is still busy, and will ask
+        # A later signal, on another rank, means the same preemption.
         if sync_point is not None and not self._is_preempted:
             sync_point.request(PREEMPTION)
+
+    def _ask_again(self) -> None:
+        """For a save that SIGTERM asked for in vain: nobody could hear it, or a rank did not answer in time."""
+        if self._sigterm is not None and self._sigterm.received:
+            self._on_sigterm()
 
     def _uninstall_sigterm(self) -> None:
         if self._sigterm is not None:

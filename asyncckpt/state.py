@@ -16,6 +16,8 @@ from asyncckpt.named_state import SavedKeys
 from asyncckpt.per_rank import collect_per_rank, expand_per_rank
 from asyncckpt.train_state import TrainState
 from stagers import StateDict
+from stagers.flatten import flatten
+from stagers.layout import Layout
 
 State: TypeAlias = TrainState | Mapping[str, Any]
 
@@ -41,6 +43,15 @@ def for_restore(state: State, saved: SavedKeys, rank: int) -> StateDict:
         else:
             target[key] = _state_dict(value)
     return expand_per_rank(target, rank, saved)
+
+
+def num_bytes_of(state: State, rank: int) -> int | None:
+    """The tensor bytes that a snapshot of `state` would have; None if it cannot be told, which saving it will explain.
+    Costs as much as a save whose structure changed, but for the copy."""
+    try:
+        return Layout(flatten(for_save(state, rank)), 0).num_bytes
+    except Exception:
+        return None
 
 
 def take_restored(state: State, target: StateDict) -> None:

@@ -71,10 +71,10 @@ class BackgroundWriter:
                 self._thread.start()
             self._changed.notify_all()
 
-    def drain(self) -> None:
-        """Wait until every job is over; what they left to be done may go on."""
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until every job is over; what they left to be done may go on. False: `timeout_s` was not enough."""
         with self._lock:
-            self._wait_for(lambda: not self._num_pending)
+            return self._wait_for(lambda: not self._num_pending, timeout_s)
 
     def join(self, *, besides: int = 0) -> None:
         """Wait until nothing is pending or left to be done. besides: places that the caller itself holds."""
@@ -111,12 +111,12 @@ class BackgroundWriter:
         if thread is not None:
             thread.join()
 
-    def _wait_for(self, is_reached: Callable[[], bool]) -> None:
+    def _wait_for(self, is_reached: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """On the training thread, under the condition."""
         self._num_waiting += 1
         self._changed.notify_all()
         try:
-            self._changed.wait_for(is_reached)
+            return self._changed.wait_for(is_reached, timeout_s)
         finally:
             self._num_waiting -= 1
 
