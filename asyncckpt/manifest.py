@@ -214,14 +214,19 @@ def _layout_rows(placement: Placement) -> list[tuple[object, ...]]:
     return [(layout.dtype, layout.shape, layout.stride, head_bytes) for layout, head_bytes in placement.layouts]
 
 
-def encode_records(chunks: ChunkTable, files: Sequence[FileRecord]) -> bytes:
+def encode_records(chunks: ChunkTable, files: Sequence[FileRecord], known: Placement | None = None) -> bytes:
     """What one rank tells the coordinator after writing, as two lines: what its chunks are, the same for as long as its
-    placements are alike, and where they lie this time."""
+    placements are alike, and where they lie this time.
+
+    known: of the last report, if the coordinator surely has it. What has not changed since then is left out.
+    """
     placement = chunks.placement
     _check_order(placement, files)
-    places = np.array([placement.file, placement.offset, placement.length], "<i8").tobytes().hex().encode()
+    line = b"" if known is not None and placement.is_like(known) else _line(placement)
+    columns = [] if known is placement else [placement.file, placement.offset, placement.length]
+    places = np.array(columns, "<i8").tobytes().hex().encode()
     members = _checksums_text(chunks), _members(_file_columns(files))
-    return b'%b\n{"places":"%b",%b,"files":{%b}}' % (_line(placement), places, *members)
+    return b'%b\n{"places":"%b",%b,"files":{%b}}' % (line, places, *members)
 
 
 def _line(placement: Placement) -> bytes:
@@ -240,8 +245,11 @@ def decode_records(data: bytes, before: Placement | None = None) -> tuple[ChunkT
     document = json.loads(rest)
     files = _decode_files(document["files"])
     names = tuple(file.name for file in files)
+    if before is not None and not line and not document["places"]:
+        _check_places(before, files)
+        return _decode_chunks(document, before), files
     file, offset, length = np.frombuffer(bytes.fromhex(document["places"]), "<i8").astype(np.int64).reshape(3, -1)
-    if before is None or _line(before) != line:
+    if before is None or (line and _line(before) != line):
         contents = json.loads(line)
         placement = Placement(*_decode_contents(contents, tuple(contents["fqn"])), names, file, offset, length)
         placement.kept.get("line", (), lambda: line)

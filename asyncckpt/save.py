@@ -108,6 +108,8 @@ class Saver:
     _known: dict[int, CommittedStep] = field(default_factory=dict)
     _finished_attempt: str | None = None
     _placement: Placement | None = None
+    _reported: Placement | None = None
+    """Of this rank's part of the last save, if the coordinator has it: it has committed that save."""
     _regions: Regions = field(default_factory=Regions)
     _is_tidy: bool = False
 
@@ -115,7 +117,8 @@ class Saver:
         """Until the step is committed; what is left to be done is the result."""
         part, error = self._write(job)
         if self.ranks.world_size > 1:
-            report = b"" if part is None or self.ranks.is_coordinator else encode_records(*part)
+            report = b"" if part is None or self.ranks.is_coordinator else encode_records(*part, self._reported)
+            self._reported = None
             self.ranks.post(f"{job.attempt}/written", _reply(error, report))
         if self.ranks.is_coordinator:
             verdict, cause = self._decide(job, part, error)
@@ -124,6 +127,8 @@ class Saver:
         if verdict.error:
             raise self._failed(job, verdict, cause)
         if not self.ranks.is_coordinator:
+            assert part is not None
+            self._reported = part[0].placement
             self.index.commit(job.step, job.sequence, [])
             self.index.remove(verdict.pruned)
         durable_s = time.perf_counter() - job.started

@@ -292,6 +292,24 @@ def calls_during(work: Callable[[], object]) -> int:
     return calls
 
 
+def test_a_report_leaves_out_what_the_coordinator_knows() -> None:
+    """What stays the same is nearly all of it; a rank whose objects grew says only where everything lies now."""
+    made = many(1000)
+    first = encode_records(made.chunks, made.files)
+    known, files = decode_records(first)
+    again = encode_records(made.chunks, made.files, made.chunks.placement)
+    assert len(again) < len(first) / 3
+    table, _ = decode_records(again, known.placement)
+    assert table.placement is known.placement
+    assert list(table) == list(made.chunks)
+
+    later = moved_on(made.chunks, 64)
+    files = [replace(made.files[0], size=made.files[0].size + 64)]
+    moved, _ = decode_records(encode_records(later, files, made.chunks.placement), known.placement)
+    assert moved.placement.is_like(known.placement)
+    assert list(moved) == list(later)
+
+
 @pytest.mark.parametrize("by", [0, 64])
 def test_in_steady_state_nothing_is_called_for_each_chunk(by: int) -> None:
     """Neither for the manifest nor for the stock metadata nor for a rank's report, even if objects moved the rest."""
