@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from asyncckpt import CheckpointManager, Event, Skipped, Written
+from asyncckpt import CheckpointManager, Event, PerRank, Skipped, Written
 from asyncckpt.preemption import GracePeriod, SavePace, SigtermHandler, in_ms, why_too_late
 from asyncckpt.testing import GatedStorage
+from stagers import BlockingAsyncStager, StateDict
+from tests.crew import Crew
+from tests.processes import Job, Link
 
 
 @pytest.fixture(autouse=True)
@@ -344,6 +350,12 @@ def state(step: int) -> dict[str, Any]:
     return {"w": torch.full((1000,), float(step))}
 
 
+def seconds_in(reason: str) -> tuple[float, float]:
+    """(left, needed) as the words say; staging takes real time, some tens of ms."""
+    left, needed = re.findall(r"in ([\d.]+) s", reason)
+    return float(left), float(needed)
+
+
 @contextmanager
 def hurried(path: pathlib.Path, **options: Any) -> Iterator[tuple[CheckpointManager, Clock, list[Skipped]]]:
     """A manager with 30 seconds of grace on a clock of its own, which has saved step 1 in 20 seconds."""
@@ -383,7 +395,7 @@ def test_a_save_that_does_not_fit_is_skipped_and_the_loop_is_left(tmp_path: path
         assert not manager.save_async(3, state(3))
         (event,) = skipped
         assert event.step == 2
-        assert "ends in 19.0 s (on rank 0), and this save would be committed in 20.0 s" in event.reason
+        assert seconds_in(event.reason) == pytest.approx((19, 20), abs=3)
         manager.save(4, state(4), force=True)
     assert manager.all_steps() == [1, 4]
 
@@ -393,7 +405,7 @@ def test_twice_the_state_needs_twice_the_time(tmp_path: pathlib.Path) -> None:
     with hurried(tmp_path) as (manager, _, skipped):
         terminate_ourselves()
         assert not manager.save_async(2, {"w": torch.zeros(1000), "more": torch.zeros(1000)})
-        assert "would be committed in 40.0 s" in skipped[0].reason
+        assert seconds_in(skipped[0].reason) == pytest.approx((30, 40), abs=3)
 
 
 def test_the_first_save_is_tried_as_nobody_knows_how_long_it_takes(tmp_path: pathlib.Path) -> None:
@@ -420,7 +432,7 @@ def test_the_save_in_flight_is_finished_where_another_would_be_too_late(tmp_path
         assert manager.reached_preemption(3)
         gate.open()
     assert manager.all_steps() == [1, 2]
-    assert "would be committed in 40.0 s" in skipped[0].reason
+    assert seconds_in(skipped[0].reason) == pytest.approx((30, 40), abs=3)
     assert "What is in flight is finished" in skipped[0].reason
 
 
@@ -477,3 +489,449 @@ def test_a_grace_period_is_some_seconds_or_unknown(tmp_path: pathlib.Path, value
     """The error names the value."""
     with pytest.raises(ValueError, match="grace_period must be a finite number"):
         CheckpointManager(str(tmp_path), grace_period=value)
+
+
+# -- on many ranks
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Crew]:
+    with Crew(3) as crew:
+        yield crew
+
+
+def own_state(step: int) -> dict[str, Any]:
+    """Every rank has something to write and to read."""
+    return state(step) | {"mine": PerRank(torch.full((9,), float(step)))}
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@contextmanager
+def beside(work: Callable[[], object]) -> Iterator[None]:
+    """`work` on a thread, while the main thread is busy; over before the block is left."""
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(work)
+        yield
+        future.result(60)
+
+
+def report(link: Link) -> None:
+    """Let the test act, and wait until it has."""
+    link.send()
+    link.receive()
+
+
+def train_on(manager: CheckpointManager, step: int, stride: int = 1) -> list[Any]:
+    """Until it is time to leave: steps saved, the last step, and all that are committed."""
+    saved = []
+    while not manager.reached_preemption(step):
+        time.sleep(0.001)  # a step of training
+        step += stride
+        if manager.save_async(step, own_state(step)):
+            saved.append(step)
+    manager.join()
+    return [saved, step, manager.all_steps()]
+
+
+def preempt(crew: Crew, job: Job, acting: int, signalled: int, told: Sequence[int] = (0, 1, 2)) -> list[Any]:
+    """SIGTERM to one rank when another says that the moment has come; what all ranks return."""
+    job.hear(acting)
+    job.signal(signalled, signal.SIGTERM)
+    for rank in told:
+        job.tell(rank)
+    return crew.hear()
+
+
+def assert_one_step(results: list[Any], before: Sequence[int] = ()) -> int:
+    """All ranks saved one and the same step, and left the loop after it."""
+    saved, step, committed = results[0]
+    assert results == [[saved, step, committed]] * len(results)
+    assert saved == [step]
+    assert committed == [*before, step]
+    return int(step)
+
+
+def build_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def tell_when_inside() -> None:
+        eventually(lambda: signal.getsignal(signal.SIGTERM) is not before)
+        link.send()
+
+    if link.rank != victim:
+        link.receive()
+    with beside(tell_when_inside if link.rank == victim else lambda: None), CheckpointManager(path, 1000) as manager:
+        return train_on(manager, 0)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_sigterm_in_the_constructor_saves_the_first_steps_on_all(
+    three: Crew, tmp_path: pathlib.Path, victim: int
+) -> None:
+    """On a rank that waits there for the others, in a C call."""
+    job = three.start(build_while_preempted, str(tmp_path), victim)
+    results = preempt(three, job, victim, victim, [rank for rank in range(3) if rank != victim])
+    assert_one_step(results)
+
+
+def begin_after_sigterm(link: Link, path: str) -> list[Any]:
+    with CheckpointManager(path, 1000) as manager:
+        report(link)
+        return train_on(manager, 1234)
+
+
+def test_sigterm_before_the_first_step_saves_an_early_one(three: Crew, tmp_path: pathlib.Path) -> None:
+    """The run goes on at step 1234, and one rank may have begun before it heard."""
+    job = three.start(begin_after_sigterm, str(tmp_path))
+    for rank in (0, 1):
+        job.hear(rank)
+    assert assert_one_step(preempt(three, job, 2, 2)) >= 1235
+
+
+class HeldStager(BlockingAsyncStager):
+    """Calls `hold` in the middle of its work."""
+
+    def __init__(self, hold: Callable[[], object]) -> None:
+        super().__init__()
+        self.hold = hold
+
+    def snapshot(self, state_dict: StateDict) -> Any:
+        self.hold()
+        return super().snapshot(state_dict)
+
+
+def stage_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
+    stager = HeldStager(lambda: report(link) if link.rank == victim and not manager.reached_preemption(5) else None)
+    with CheckpointManager(path, 1000, stager=stager) as manager:
+        manager.save_async(5, own_state(5), force=True)
+        stager.hold = lambda: None
+        return train_on(manager, 5)
+
+
+def wait_for_a_place_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
+    with CheckpointManager(path, 1000) as manager, GatedStorage(manager._storage, "write_file") as gate:
+        manager._saver.storage = gate
+        manager.save_async(4, own_state(4), force=True)
+
+        def release() -> None:
+            gate.wait_reached()
+            eventually(lambda: bool(manager._writer._num_waiting))
+            if link.rank == victim:
+                report(link)
+            gate.open()
+
+        with beside(release):
+            manager.save_async(5, own_state(5), force=True)
+        return train_on(manager, 5)
+
+
+def restore_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
+    with CheckpointManager(path, 1000) as manager:
+        manager.save(5, own_state(5), force=True)
+        with GatedStorage(manager._storage, "read_into") as gate:
+            manager._storage = gate
+
+            def release() -> None:
+                gate.wait_reached()
+                if link.rank == victim:
+                    report(link)
+                gate.open()
+
+            with beside(release):
+                manager.restore(5, own_state(0))
+        return train_on(manager, 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "before"),
+    [(stage_while_preempted, [5]), (wait_for_a_place_while_preempted, [4, 5]), (restore_while_preempted, [5])],
+)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigterm_inside_a_call_saves_one_later_step_on_all(
+    three: Crew, tmp_path: pathlib.Path, body: Callable[..., Any], before: list[int], victim: int
+) -> None:
+    """While one rank stages, while all wait for a place in the queue, while one still reads."""
+    job = three.start(body, str(tmp_path), victim)
+    assert assert_one_step(preempt(three, job, victim, victim, [victim]), before) > 5
+
+
+def sit_in_a_c_call(link: Link, path: str, sitting: int, signalled: int) -> list[Any]:
+    helper = (sitting + 1) % 3
+    with CheckpointManager(path, 1000) as manager:
+
+        def end_the_call() -> None:
+            if link.rank == sitting != signalled:
+                eventually(lambda: "saving at" in repr(manager._sync_point))  # without its main thread
+                link.send()
+            if link.rank == helper:
+                link.receive()
+                dist.send(torch.ones(1), sitting)
+
+        with beside(end_the_call):
+            if link.rank == sitting:
+                link.send()
+                dist.recv(torch.empty(1), helper)
+            return train_on(manager, 0)
+
+
+@pytest.mark.parametrize(("sitting", "signalled"), [(1, 1), (1, 0), (0, 2)])
+def test_a_rank_in_a_long_c_call_keeps_nobody_from_agreeing(
+    three: Crew, tmp_path: pathlib.Path, sitting: int, signalled: int
+) -> None:
+    """If the signal went elsewhere; if it went there, Python hears of it when the call is over, and then all do."""
+    job = three.start(sit_in_a_c_call, str(tmp_path), sitting, signalled)
+    job.hear(sitting)
+    job.signal(signalled, signal.SIGTERM)
+    if sitting != signalled:
+        job.hear(sitting)
+    job.tell((sitting + 1) % 3)
+    assert_one_step(three.hear())
+
+
+def train_far_apart(link: Link, path: str, starts: list[int]) -> list[Any]:
+    with CheckpointManager(path, 1_000_000) as manager:
+        manager.save_async(starts[link.rank], own_state(0))
+        report(link)
+        return train_on(manager, starts[link.rank], stride=10)
+
+
+@pytest.mark.parametrize("signalled", [[0], [1], [0, 1, 2]])
+def test_ranks_hundreds_of_steps_apart_save_at_the_same_step(
+    three: Crew, tmp_path: pathlib.Path, signalled: list[int]
+) -> None:
+    """The first one that none has passed, though only each tenth is offered; on all, each hears at its own step."""
+    job = three.start(train_far_apart, str(tmp_path), [10, 700, 320])
+    for rank in range(3):
+        job.hear(rank)
+    for rank in signalled:
+        job.signal(rank, signal.SIGTERM)
+    for rank in range(3):
+        job.tell(rank)
+    assert assert_one_step(three.hear()) >= 710
+
+
+def be_told_again_and_again(link: Link, path: str) -> list[Any]:
+    with CheckpointManager(path, 1000) as manager:
+        report(link)
+        result = train_on(manager, 0)
+        report(link)
+        more = [step for step in range(result[1] + 1, result[1] + 300) if manager.save_async(step, own_state(step))]
+        report(link)  # and on the way out
+        return [*result, more]
+
+
+def test_a_second_sigterm_means_the_same_preemption(three: Crew, tmp_path: pathlib.Path) -> None:
+    """Before the save, after it, and once no step follows, on the same rank and on another: one step is saved."""
+    job = three.start(be_told_again_and_again, str(tmp_path))
+    for _ in range(3):
+        for rank in range(3):
+            job.hear(rank)
+        for rank in (1, 1, 2):
+            job.signal(rank, signal.SIGTERM)
+        for rank in range(3):
+            job.tell(rank)
+    results = three.hear()
+    assert [more for *_, more in results] == [[]] * 3
+    assert_one_step([result for *result, _ in results])
+
+
+class OnceByTheClock:
+    """Wants one save, at the tenth question on rank 0, and lets the test act before it says so."""
+
+    uses_clock = True
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.num_asked = link, 0
+
+    def should_save(self, step: int, last_step: int | None, seconds_since_last: float) -> bool:
+        self.num_asked += 1
+        if self.num_asked == 10:
+            report(self.link)
+        return self.num_asked == 10
+
+
+def train_by_the_clock(link: Link, path: str, on_busy: Any) -> list[Any]:
+    with CheckpointManager(path, save_policy=OnceByTheClock(link), on_busy=on_busy) as manager:
+        return train_on(manager, 0)
+
+
+@pytest.mark.parametrize("on_busy", ["wait", "skip"])
+@pytest.mark.parametrize("signalled", [0, 2])
+def test_sigterm_while_a_save_by_the_clock_is_agreed_on(
+    three: Crew, tmp_path: pathlib.Path, signalled: int, on_busy: Any
+) -> None:
+    """Both come true, at one step or at two, the same on all ranks; the loop is left after the one for SIGTERM."""
+    job = three.start(train_by_the_clock, str(tmp_path), on_busy)
+    results = preempt(three, job, 0, signalled, [0])
+    saved, step, committed = results[0]
+    assert results == [[saved, step, committed]] * 3
+    assert saved[-1] == step
+    assert saved == committed
+    assert len(saved) <= 2
+
+
+class AtEachStepByTheClock:
+    uses_clock = True
+
+    def should_save(self, step: int, last_step: int | None, seconds_since_last: float) -> bool:
+        return True
+
+
+def skip_by_the_clock(link: Link, path: str) -> list[Any]:
+    with (
+        CheckpointManager(path, save_policy=AtEachStepByTheClock(), on_busy="skip") as manager,
+        GatedStorage(manager._storage, "write_file") as gate,
+    ):
+        manager._saver.storage = gate
+        manager.save_async(1, own_state(1), force=True)
+        taken = [manager.save_async(step, own_state(step)) for step in range(2, 300)]
+        gate.open()
+        manager.join()
+        step, saved = 300, []
+        while len(saved) < 2:
+            time.sleep(0.001)
+            if manager.save_async(step := step + 1, own_state(step)):
+                saved.append(step)
+        manager.join()
+        return [any(taken), saved, manager.all_steps()]
+
+
+def test_a_save_by_the_clock_is_not_taken_while_one_is_busy(three: Crew, tmp_path: pathlib.Path) -> None:
+    """on_busy="skip" holds for it on many ranks, too: training is not stopped, and the next free step saves."""
+    results = three.run(skip_by_the_clock, str(tmp_path))
+    assert results == [results[0]] * 3
+    is_any_taken, saved, committed = results[0]
+    assert not is_any_taken
+    assert committed == [1, *saved]
+
+
+def outlast_a_stopped_rank(link: Link, path: str) -> list[Any]:
+    skipped: list[Skipped] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Skipped):
+            skipped.append(event)
+            if len(skipped) == 1 and link.rank == 1:
+                link.send()
+
+    with CheckpointManager(path, 1000, events=[tell]) as manager:
+        manager._sync_point._timeout_s = 0.3
+        report(link)
+        result = train_on(manager, 0)
+        return [*result, [event.reason for event in skipped]]
+
+
+def test_a_request_that_a_stopped_rank_did_not_hear_is_made_again(three: Crew, tmp_path: pathlib.Path) -> None:
+    """SIGTERM is not forgotten because one rank was late."""
+    job = three.start(outlast_a_stopped_rank, str(tmp_path))
+    for rank in range(3):
+        job.hear(rank)
+    job.signal(2, signal.SIGSTOP)
+    job.tell(0)
+    job.tell(1)
+    job.signal(1, signal.SIGTERM)
+    job.hear(1)
+    job.signal(2, signal.SIGCONT)
+    job.tell(2)
+    results = three.hear()
+    assert_one_step([result for *result, _ in results])
+    assert all("ranks [2] did not answer" in reason for reason in results[1][-1])
+
+
+def close_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
+    with CheckpointManager(path, 1000) as manager, GatedStorage(manager._storage, "write_file") as gate:
+        manager._saver.storage = gate
+        manager.save_async(1, own_state(1), force=True)
+
+        def release() -> None:
+            eventually(lambda: bool(manager._writer._num_waiting))
+            if link.rank == victim:
+                report(link)
+            gate.open()
+
+        with beside(release):
+            manager.close()
+        return manager.all_steps()
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_sigterm_while_closing_ends_nothing_early(three: Crew, tmp_path: pathlib.Path, victim: int) -> None:
+    """The saves in flight are finished on all ranks; there is no further step to save."""
+    job = three.start(close_while_preempted, str(tmp_path), victim)
+    assert preempt(three, job, victim, victim, [victim]) == [[1]] * 3
+
+
+# -- in a hurry on many ranks
+
+
+def hurry(link: Link, path: str, grace_of: dict[int, float], seconds_of: list[float]) -> list[Any]:
+    """Rank r needs seconds_of[r] for a save, and has grace_of[r]. Step 2 is still being written when they come to step
+    3, where ranks 0 and 1 wait 20 seconds for rank 2."""
+    skipped: list[str] = []
+    clock = Clock()
+
+    def note(event: Event) -> None:
+        if isinstance(event, Skipped):
+            skipped.append(event.reason)
+        if isinstance(event, Written):
+            clock.now_s += seconds_of[link.rank]
+
+    with (
+        CheckpointManager(path, 1000, grace_period=grace_of.get(link.rank), events=[note]) as manager,
+        GatedStorage(manager._storage, "write_file") as gate,
+    ):
+        manager._grace.clock = manager._pace.clock = clock
+        manager.save(1, own_state(1), force=True)
+        manager._saver.storage = gate
+        manager.save_async(2, own_state(2), force=True)
+        gate.wait_reached()
+        report(link)
+        eventually(lambda: "saving at [3]" in repr(manager._sync_point))
+        num_entered = manager._ranks._num_entered
+
+        def pass_time() -> None:
+            if link.rank != 2:
+                eventually(lambda: manager._ranks._num_entered > num_entered)
+                clock.now_s += 20
+                link.send()
+            eventually(lambda: bool(skipped or manager._writer._num_waiting))
+            gate.open()
+
+        if link.rank == 2:
+            link.receive()
+        with beside(pass_time):
+            taken = manager.save_async(3, own_state(3))
+        left = manager.reached_preemption(3)
+        manager.join()
+        return [taken, left, manager.all_steps(), skipped]
+
+
+@pytest.mark.parametrize(("slowest_s", "fits"), [(25.0, True), (35.0, False)])
+def test_the_slowest_rank_and_the_earliest_deadline_decide_for_all(
+    three: Crew, tmp_path: pathlib.Path, slowest_s: float, fits: bool
+) -> None:
+    """As they stand when the last rank has come: what is left of two saves of the slowest, against the 40 seconds that
+    rank 0 still has. Rank 1 hears of no signal at all."""
+    job = three.start(hurry, str(tmp_path), {0: 60.0, 2: 45.0}, [5.0, slowest_s, 5.0])
+    for rank in range(3):
+        job.hear(rank)
+    for rank in (0, 2):
+        job.signal(rank, signal.SIGTERM)
+    for rank in range(3):
+        job.tell(rank)
+    for rank in (0, 1):
+        job.hear(rank)
+    job.tell(2)
+    results = three.hear()
+    assert results == [results[0]] * 3
+    taken, left, committed, skipped = results[0]
+    assert (taken, left, committed) == ((True, True, [1, 2, 3]) if fits else (False, True, [1, 2]))
+    if not fits:
+        assert seconds_in(skipped[0]) == pytest.approx((40, 50), abs=3)
+        assert skipped[0].index("(on rank 0)") < skipped[0].index("(on rank 1)")
