@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from asyncckpt.chunks import ChunkTable, Keys, Numbers
+from asyncckpt.boxes import PLAIN, Boxes
+from asyncckpt.chunks import ChunkTable, Keys, Numbers, Placement
 from asyncckpt.framing import crc32
 from asyncckpt.local_file import address_of
 from asyncckpt.manifest import Manifest
@@ -38,8 +39,6 @@ from asyncckpt.read import (
 )
 from asyncckpt.storage import Storage
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Classes whose memory is what they hold."""
 # Keeps the GIL, unlike ctypes.memmove: to hand it over and wait for it costs more than copying some KiB.
 _memmove = ctypes.PyDLL(None).memmove
 _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -86,43 +85,37 @@ class Whole:
 
 def find_whole(manifest: Manifest, keys: Keys, wanted: Mapping[str, Any]) -> tuple[Whole, dict[str, Any]]:
     """What of `wanted`, {key: value}, is read whole, and the rest. Tensors have the dtype and shape that `keys` say."""
-    chunks, number_of = manifest.chunks, _whole_chunks(manifest.chunks, keys)
-    layout_of = chunks.placement.layout.tolist()
-    layouts = [layout for layout, _ in chunks.placement.layouts]
-    is_contiguous = [layout.is_contiguous for layout in layouts]
-    accelerator = _accelerator()
+    chunks, number_of, boxes = manifest.chunks, _whole_chunks(manifest.chunks, keys), Boxes(manifest.chunks)
+    is_object, reach, accelerator = (chunks.placement.layout < 0).tolist(), _reach_in(chunks.placement), _accelerator()
     found: list[str] = []
     numbers: list[int] = []
     tensors: list[torch.Tensor | None] = []
-    addresses: list[int] = []
-    places: list[bool] = []
-    reaches: list[int] = []
     rest: dict[str, Any] = {}
-    for key, value in wanted.items():
-        number = number_of.get(key, -1)
-        if number < 0:
-            rest[key] = value
-            continue
-        tensor, address, on_cpu, reach = None, 0, False, 0
-        if (layout := layout_of[number]) >= 0:
-            on_cpu = value.is_cpu
-            is_plain = type(value) in PLAIN and value.layout is torch.strided
-            if not is_plain or not (on_cpu or value.device.type == accelerator):
+    with torch.no_grad():  # else a DTensor gives out its local tensor as a node of the graph
+        for key, value in wanted.items():
+            number = number_of.get(key, -1)
+            if number >= 0 and (is_object[number] or (type(value) in PLAIN and _is_readable(value, accelerator))):
+                found.append(key)
+                numbers.append(number)
+                tensors.append(None if is_object[number] else value)
+                continue
+            pieces = boxes.pieces_of(key, value)
+            if (
+                pieces is None
+                or not all(_is_readable(tensor, accelerator) for _, tensor in pieces)
+                # They would take turns, as if they shared memory.
+                or (len(pieces) > 1 and any(reach(number, tensor) for number, tensor in pieces))
+            ):
                 rest[key] = value
                 continue
-            tensor, address = value, value.data_ptr()
-            same = (is_contiguous[layout] and value.is_contiguous()) or has_strides(value, layouts[layout])
-            if not same or value.is_neg() or value.is_conj():
-                reach = _reach(value)
-        found.append(key)
-        numbers.append(number)
-        tensors.append(tensor)
-        addresses.append(address)
-        places.append(on_cpu)
-        reaches.append(reach)
+            found += [key] * len(pieces)
+            numbers += [number for number, _ in pieces]
+            tensors += [tensor for _, tensor in pieces]
     return Whole(
         chunks, found, np.array(numbers, np.int64), tensors,
-        np.array(addresses, np.int64), np.array(places, np.bool_), np.array(reaches, np.int64),
+        np.array([0 if tensor is None else tensor.data_ptr() for tensor in tensors], np.int64),
+        np.array([tensor is not None and tensor.is_cpu for tensor in tensors], np.bool_),
+        np.array([0 if t is None else reach(number, t) for number, t in zip(numbers, tensors, strict=True)], np.int64),
     ), rest  # fmt: skip
 
 
@@ -158,9 +151,24 @@ def _accelerator() -> str | None:
     return device.type if device else None
 
 
-def _reach(tensor: torch.Tensor) -> int:
-    dims = zip(tensor.shape, tensor.stride(), strict=True)
-    return (sum((size - 1) * stride for size, stride in dims) + 1) * tensor.element_size()
+def _is_readable(tensor: torch.Tensor, accelerator: str | None) -> bool:
+    return tensor.layout is torch.strided and (tensor.is_cpu or tensor.device.type == accelerator)
+
+
+def _reach_in(place: Placement) -> Callable[[int, torch.Tensor], int]:
+    """`Whole.reach` of a chunk's target."""
+    layout_of, layouts = place.layout.tolist(), [layout for layout, _ in place.layouts]
+    is_contiguous = [layout.is_contiguous for layout in layouts]
+
+    def reach(number: int, tensor: torch.Tensor) -> int:
+        layout = layout_of[number]
+        same = (is_contiguous[layout] and tensor.is_contiguous()) or has_strides(tensor, layouts[layout])
+        if same and not tensor.is_neg() and not tensor.is_conj():
+            return 0
+        dims = zip(tensor.shape, tensor.stride(), strict=True)
+        return (sum((size - 1) * stride for size, stride in dims) + 1) * tensor.element_size()
+
+    return reach
 
 
 def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
