@@ -44,7 +44,19 @@ from asyncckpt.errors import (
     UnsafeObjectError,
     WriteError,
 )
-from asyncckpt.events import Committed, Event, Failed, Merged, Pruned, Restored, Skipped, Staged, Written, log_events
+from asyncckpt.events import (
+    Committed,
+    Delayed,
+    Event,
+    Failed,
+    Merged,
+    Pruned,
+    Restored,
+    Skipped,
+    Staged,
+    Written,
+    log_events,
+)
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.per_rank import PerRank
 from asyncckpt.policy import (
@@ -97,6 +109,7 @@ __all__ = [
     "Staged",
     "Written",
     "Committed",
+    "Delayed",
     "Pruned",
     "Failed",
     "Restored",

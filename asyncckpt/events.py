@@ -16,7 +16,7 @@ logger = logging.getLogger("asyncckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """url: the run, without credentials. step: the step concerned. rank: the rank that reports.
+    """url: the run, without credentials. step: the step concerned; -1: none. rank: the rank that reports.
 
     time_s: `time.time()` at the end of the phase, in seconds.
     """
@@ -84,9 +84,25 @@ class Pruned(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delayed(Event):
+    """Ranks are late in a phase while others wait for them; told by the lowest rank that waits (writer thread or one of
+    its own), after a sixteenth of the manager's timeout and each time that the wait has doubled.
+
+    phase: as in Failed; "write": their files are not durable; "commit": rank 0 has yet to do it. ranks: the late ones.
+    waited_s: seconds until now.
+    """
+
+    phase: str
+    ranks: tuple[int, ...]
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """Something failed on this rank. phase: "stage", "write", "commit", "prune", "restore". Errors of saves are raised
-    too, once; those of "prune" are only reported here, as the checkpoint is whole and deletion is tried again."""
+    """Something failed on this rank. phase: "stage", "write", "commit", "prune", "restore", or the meeting of all ranks
+    that did not come about: "save", "plan", "restore", "close", ... Errors of saves are raised too, once; those of
+    "prune" are only reported here, as the checkpoint is whole and deletion is tried again, and so are those of "close".
+    """
 
     phase: str
     error: BaseException
@@ -142,6 +158,11 @@ def log_events(event: Event) -> None:
                 "step %d at %s: ranks have different values of %d keys, of which the lowest rank's is kept: %s. "
                 "PerRank keeps each rank's own",
                 event.step, event.url, len(event.keys), ", ".join(event.keys[:8]),
+            )  # fmt: skip
+        case Delayed():
+            logger.warning(
+                "step %d at %s: waited %.0f s for ranks %s, phase %s",
+                event.step, event.url, event.waited_s, list(event.ranks), event.phase,
             )  # fmt: skip
         case Skipped():
             logger.warning("step %d at %s skipped: %s", event.step, event.url, event.reason)

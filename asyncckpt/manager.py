@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -125,7 +126,7 @@ class CheckpointManager:
             self._sigterm = SigtermHandler(self._on_sigterm)
         self._writer = BackgroundWriter(max_pending_async)
         try:
-            self._ranks = Ranks.join(process_group, timeout_s=timeout)
+            self._ranks = Ranks.join(process_group, timeout_s=timeout, tell=partial(_tell, self._sinks, self.url))
             kept = _union(KeepLast(max_to_keep) if max_to_keep else None, keep)
             self._saver = Saver(
                 self._storage, self._ranks, self._index, kept, self._emit, timeout, self._writer.pause
@@ -304,6 +305,7 @@ class CheckpointManager:
         borrow: bool,
     ) -> SaveJob:
         """Copy the state, agree with the other ranks that all have, and plan. A collective call."""
+        self._ranks.step = step
         snapshot, failure = None, None
         status = _FAILED_BEFORE if self._writer.has_failures else _STAGED
         if status == _STAGED:
@@ -452,6 +454,7 @@ class CheckpointManager:
     def refresh(self) -> None:
         """List the steps in storage again. A collective call; for jobs that follow another run."""
         self._writer.join()
+        self._ranks.step = _NO_STEP
         self._ranks.agree([], phase="refresh")
         self._list_steps()
 
@@ -512,6 +515,7 @@ class CheckpointManager:
 
     def _restore(self, step: int, state: TrainState | dict[str, Any], strict: bool, skipped: tuple[int, ...]) -> None:
         started = time.perf_counter()
+        self._ranks.step = step
         self.wait_staged()
         for _ in range(3):  # once more if another run saves the step anew while we read it
             # Two agreements, so that nothing is changed on any rank while one has found that it cannot restore.
@@ -630,7 +634,8 @@ class CheckpointManager:
     def close(self) -> None:
         """Finish every save taken, then let go of threads, buffers and the signal handler; idempotent.
 
-        A collective call. Raises what failed in the background, once.
+        A collective call. Raises what failed in the background, once. A rank that does not come in time, or died, is
+        reported (events.Failed, phase "close") and not waited for any longer: what was committed is committed.
         """
         self._close(meet=True)
 
@@ -643,6 +648,7 @@ class CheckpointManager:
             self._drain()
             self._writer.close()
             if meet:
+                self._ranks.step = _NO_STEP
                 with contextlib.suppress(CheckpointError):  # one is gone: what was committed is committed
                     self._ranks.agree([], phase="close")
         finally:
@@ -715,6 +721,11 @@ class CheckpointManager:
 
     def _emit_now(self, kind: Callable[..., events.Event], step: int, **values: Any) -> None:
         self._emit(kind(url=self.url, step=step, rank=self._ranks.rank, time_s=time.time(), **values))
+
+
+def _tell(sinks: Iterable[events.Sink], url: str, kind: Callable[..., events.Event], **values: Any) -> None:
+    """No method: the thread that calls it must not keep the manager and its buffers alive."""
+    events.emit(sinks, kind(url=url, time_s=time.time(), **values))
 
 
 def _close_at_exit(manager: CheckpointManager) -> None:

@@ -3,6 +3,16 @@
 Every rank writes its own files; the coordinator alone commits, when all ranks are durable, and alone deletes. The ranks
 talk through store keys with deadlines, never collectives. Whatever fails is raised here, on every rank, with the last
 committed step untouched; the manager's writer keeps it for the training loop.
+
+The verdict on a save is one key of the store, and each word in it needs the one before:
+
+    (nothing)  -> a failure     by the coordinator: a rank failed; by any rank that has waited `timeout_s`: it gives up
+    (nothing)  -> _COMMITTING   by the coordinator, before it commits
+    _COMMITTING -> the end      by the coordinator: committed, or failed to
+    _COMMITTING -> unknown      by any other rank that has waited `timeout_s` once more
+
+So a coordinator that was stopped and comes back late finds that the save was given up, and does not commit it; had it
+begun to, it hears that the others do not know how it ended. Neither is silent.
 """
 
 from __future__ import annotations
@@ -36,6 +46,8 @@ from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
 from stagers import StagedSnapshot
 
+_COMMITTING = b"committing"
+_UNKNOWN = "may be saved or not (refresh() tells)"
 _ANSWER_LOST = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET)
 """Errors after which the file that was to be written may be there all the same."""
 
@@ -82,13 +94,25 @@ class Leftover:
 
 @dataclass(slots=True)
 class _Verdict:
-    """What the ranks agree a save came to. error: "" if it is committed; rank, phase: where it failed."""
+    """What the ranks agree a save came to. error: "" if it is committed; rank, phase: where it failed.
+
+    untold: (step, sequence) of earlier commits that ended as "unknown" to the other ranks.
+    """
 
     error: str = ""
     phase: str = "write"
     rank: int = 0
+    outcome: str = "was not saved"
     num_bytes: int = 0
     pruned: list[int] = field(default_factory=list)
+    untold: list[tuple[int, int]] = field(default_factory=list)
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(word: bytes) -> _Verdict:
+        return _Verdict(**json.loads(word))
 
 
 @dataclass(slots=True)
@@ -106,7 +130,9 @@ class Saver:
     leftovers: list[Leftover] = field(default_factory=list)
     """Taken on after each commit."""
     _known: dict[int, CommittedStep] = field(default_factory=dict)
-    _finished_attempt: str | None = None
+    _attempts: list[str] = field(default_factory=list)
+    """Of earlier saves that the store has something of."""
+    _untold: list[tuple[int, int]] = field(default_factory=list)
     _placement: Placement | None = None
     _reported: Placement | None = None
     """Of this rank's part of the last save, if the coordinator has it: it has committed that save."""
@@ -116,20 +142,19 @@ class Saver:
     def run(self, job: SaveJob) -> Callable[[], None]:
         """Until the step is committed; what is left to be done is the result."""
         part, error = self._write(job)
-        if self.ranks.world_size > 1:
-            report = b"" if part is None or self.ranks.is_coordinator else encode_records(*part, self._reported)
-            self._reported = None
-            self.ranks.post(f"{job.attempt}/written", _reply(error, report))
-        if self.ranks.is_coordinator:
-            verdict, cause = self._decide(job, part, error)
-        else:
-            verdict, cause = self._await_verdict(job), error
+        try:
+            verdict, cause = self._reach_verdict(job, part, error)
+        except CheckpointError as exc:  # the store is gone: nobody hears us, and of the others only rank 0 can commit
+            outcome = "was not saved" if self.ranks.is_coordinator else _UNKNOWN
+            verdict, cause = _Verdict(_describe(exc), "commit", self.ranks.rank, outcome), error or exc
         if verdict.error:
+            self._is_tidy = False
             raise self._failed(job, verdict, cause)
         if not self.ranks.is_coordinator:
             assert part is not None
             self._reported = part[0].placement
-            self.index.commit(job.step, job.sequence, [])
+            for step, sequence in [*verdict.untold, (job.step, job.sequence)]:
+                self.index.commit(step, sequence, [])
             self.index.remove(verdict.pruned)
         durable_s = time.perf_counter() - job.started
         self._emit(
@@ -183,44 +208,104 @@ class Saver:
 
     # -- the ranks' verdict on a save
 
+    def _reach_verdict(
+        self, job: SaveJob, part: Part | None, error: Exception | None
+    ) -> tuple[_Verdict, Exception | None]:
+        """(verdict, its cause if known)"""
+        report = b"" if part is None or self.ranks.is_coordinator else encode_records(*part, self._reported)
+        self._reported = None
+        self.ranks.post(job.attempt, _reply(error, report))
+        self._attempts.append(job.attempt)
+        if self.ranks.is_coordinator:
+            return self._decide(job, part, error)
+        return self._await_verdict(job), error
+
     def _decide(self, job: SaveJob, part: Part | None, error: Exception | None) -> tuple[_Verdict, Exception | None]:
-        """On the coordinator: commit if every rank is durable, and tell everybody. (verdict, its cause if known)"""
-        verdict = _Verdict()
+        """On the coordinator: commit if every rank is durable and nobody has given up, and tell everybody."""
+        key = job.attempt
         try:
-            replies = [("" if error is None else _describe(error), b"")]
-            if self.ranks.world_size > 1:
-                replies = [_parse(data) for data in self.ranks.collect(f"{job.attempt}/written", self.timeout_s)]
-            failed = [rank for rank, (text, _) in enumerate(replies) if text]
-            if failed:
-                verdict.rank, verdict.error = failed[0], replies[failed[0]][0]
-                self._discard(job)  # all ranks have stopped writing
-            else:
-                verdict.phase = "commit"
-                assert part is not None
-                before = () if self._placement is None else self._placement.parts[1:]
-                reports = zip_longest((report for _, report in replies[1:]), before)
-                parts = [part, *(decode_records(report, placement) for report, placement in reports)]
-                verdict.num_bytes, verdict.pruned = self._commit(job, parts)
+            posts = self.ranks.collect(key, self.timeout_s, unless=key, on_wait=lambda s: self._tell_delay(job, s))
+        except TimeoutError as exc:
+            return _Verdict.decode(self._give_up(job)), exc
+        self._forget_older()
+        replies = [_parse(post) for post in posts]
+        failed = [rank for rank, (text, _) in enumerate(replies) if text]
+        if failed:
+            self._discard(job)  # all ranks have stopped writing
+            verdict = _Verdict(replies[failed[0]][0], rank=failed[0])
+            return _Verdict.decode(self.ranks.claim(key, verdict.encode())), error
+        word = self.ranks.claim(key, _COMMITTING)
+        if word != _COMMITTING:
+            return _Verdict.decode(word), None
+        verdict = _Verdict(phase="commit", untold=self._untold)
+        try:
+            assert part is not None
+            before = () if self._placement is None else self._placement.parts[1:]
+            reports = zip_longest((report for _, report in replies[1:]), before)
+            parts = [part, *(decode_records(report, placement) for report, placement in reports)]
+            verdict.num_bytes, verdict.pruned = self._commit(job, parts)
         except Exception as exc:
             error, verdict.error = exc, _describe(exc)
-            if verdict.phase == "write" and isinstance(exc, TimeoutError):
-                verdict.rank = min(self.ranks.missing(f"{job.attempt}/written"), default=0)
-        if verdict.error:
-            self._is_tidy = False
-        if self.ranks.world_size > 1:
-            self.ranks.announce(f"{job.attempt}/verdict", json.dumps(asdict(verdict)).encode())
-            if self._finished_attempt is not None and not isinstance(error, TimeoutError):
-                # Every rank has posted for this save, so it has read the verdict on the one before.
-                self.ranks.forget(f"{self._finished_attempt}/written")
-                self.ranks.forget(f"{self._finished_attempt}/verdict")
-            self._finished_attempt = job.attempt
-        return verdict, error
+        return self._tell_end(job, verdict), error
+
+    def _tell_end(self, job: SaveJob, verdict: _Verdict) -> _Verdict:
+        """Of the commit; what it came to in the end."""
+        try:
+            word = self.ranks.claim(job.attempt, verdict.encode(), over=_COMMITTING)
+        except CheckpointError as exc:  # the store is gone
+            word = _Verdict(_describe(exc), "commit").encode()
+        if word == verdict.encode():
+            self._untold = []
+            self._retire(verdict.pruned)
+        elif not verdict.error:
+            self._untold = [*self._untold, (job.step, job.sequence)]
+            return replace(_Verdict.decode(word), outcome="is saved, but no other rank knows (refresh() tells)")
+        return verdict
 
     def _await_verdict(self, job: SaveJob) -> _Verdict:
-        try:  # the coordinator may itself wait `timeout_s` for the slowest rank before it speaks
-            return _Verdict(**json.loads(self.ranks.await_announcement(f"{job.attempt}/verdict", 2 * self.timeout_s)))
-        except TimeoutError as exc:
-            return _Verdict(error=_describe(exc), phase="commit", rank=0)
+        def wait(beyond: bytes = b"") -> bytes:
+            return self.ranks.await_announcement(
+                job.attempt, self.timeout_s, beyond=beyond, on_wait=lambda s: self._tell_delay(job, s)
+            )
+
+        try:
+            word = wait()
+        except TimeoutError:
+            word = self._give_up(job)
+        if word == _COMMITTING:
+            try:
+                word = wait(beyond=_COMMITTING)
+            except TimeoutError:
+                waited = f"rank {self.ranks.rank} waited {self.timeout_s:g} s for the end of it"
+                word = self.ranks.claim(
+                    job.attempt, _Verdict(waited, "commit", outcome=_UNKNOWN).encode(), over=_COMMITTING
+                )
+        self._forget_older()
+        return _Verdict.decode(word)
+
+    def _give_up(self, job: SaveJob) -> bytes:
+        """The word that holds: ours, unless somebody was faster."""
+        late, waited = self.ranks.missing(job.attempt), f"{self.timeout_s:g} s after rank {self.ranks.rank}"
+        verdict = _Verdict(f"it had not begun to {waited} was durable", "commit")
+        if late:
+            verdict = _Verdict(f"ranks {late} of {self.ranks.world_size} were not durable {waited} was", rank=late[0])
+        return self.ranks.claim(job.attempt, verdict.encode())
+
+    def _forget_older(self) -> None:
+        """When every rank has posted for this save: it has then read the verdicts before."""
+        for attempt in self._attempts[:-1]:
+            self.ranks.forget(attempt)
+        del self._attempts[:-1]
+
+    def _tell_delay(self, job: SaveJob, waited_s: float) -> None:
+        """By the lowest of the ranks that wait: the coordinator, or, where it keeps them waiting, another."""
+        me = self.ranks.rank
+        if any(self.ranks.has_posted(job.attempt, lower) for lower in range(1, me)):
+            return
+        not_durable = self.ranks.missing(job.attempt)
+        phase, late = ("write", not_durable) if not_durable else ("commit", [0])
+        if (late[0] == 0) == (me > 0):
+            self._emit(events.Delayed, job.step, phase=phase, ranks=tuple(late), waited_s=waited_s)
 
     def _discard(self, job: SaveJob) -> None:
         """Free the space of a failed save as far as possible; what stays goes after the next commit."""
@@ -249,11 +334,12 @@ class Saver:
         if before.manifests:
             before.manifests[job.sequence] = manifest_name(job.sequence)
             self.leftovers.append(Leftover(job.step, before.leftovers(job.sequence), mend=True, stock=stock))
-        pruned = self._prunable(job.step)
-        for step in pruned:
+        return manifest.num_bytes, self._prunable(job.step)
+
+    def _retire(self, steps: Sequence[int]) -> None:
+        for step in steps:
             self.leftovers.append(Leftover(step, self.index.files_of(step).in_deletion_order(), whole=True))
-        self.index.remove(pruned)
-        return manifest.num_bytes, pruned
+        self.index.remove(steps)
 
     def _manifest(self, job: SaveJob, chunks: ChunkTable, files: list[FileRecord]) -> tuple[Manifest, bytes]:
         head = Head(
@@ -370,7 +456,7 @@ class Saver:
         safe = f"the newest committed step is {newest[-1][0]}" if newest else "no step was committed yet"
         kind = CommitError if verdict.phase == "commit" else WriteError
         error = kind(
-            f"step {job.step} at {self.storage.url} was not saved: rank {verdict.rank} failed to {verdict.phase}: "
+            f"step {job.step} at {self.storage.url} {verdict.outcome}: rank {verdict.rank} failed to {verdict.phase}: "
             f"{verdict.error}. Nothing committed is lost; {safe}. Training can go on, the next save is tried as usual.",
             step=job.step, url=self.storage.url, rank=verdict.rank,
         )  # fmt: skip
@@ -423,7 +509,7 @@ def mend_step(storage: Storage, folder: str, stock: bytes | None) -> None:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"[:10_000]  # it goes through the store
 
 
 def _reply(error: Exception | None, report: bytes) -> bytes:

@@ -102,6 +102,7 @@ class SyncPoint:
         try:
             while not self._closing:
                 self._poll()
+                self._ranks.watch()
                 with suppress(queue.Empty):
                     self._wake.get(timeout=self._ranks.poll_s if self._in_round else idle_s)
         except Exception as exc:
@@ -131,21 +132,20 @@ class SyncPoint:
             self._settle(failure=f"rank 0 did not answer within {1.5 * self._timeout_s:g} s")
 
     def _decide(self, key: str) -> None:
-        missing = self._ranks.missing(key)
-        if missing and time.monotonic() <= self._deadline:
+        if not self._ranks.have_all_posted(key) and time.monotonic() <= self._deadline:
             return
-        if missing:
+        if missing := self._ranks.missing(key):
             verdict: dict[str, Any] = {"failure": f"ranks {missing} did not answer in {self._timeout_s:g} s"}
         else:
             posts = [json.loads(post) for post in self._ranks.collect(key, 0.0)]
             reasons = {reason for post in posts for reason in post["reasons"]}
             verdict = {"step": max(post["last_step"] for post in posts) + 1, "reasons": sorted(reasons)}
         self._ranks.announce(key, json.dumps(verdict).encode())
-        if not missing:  # all have posted in this round, so all are done with the one before
-            self._ranks.forget(f"sync/{self._round - 1}")
-            self._ranks.forget(f"sync/{self._round - 1}/asked")
 
     def _settle(self, step: int | None = None, reasons: Sequence[str] = (), failure: str = "") -> None:
+        if step is not None:  # all have posted in this round, so all are done with the one before
+            self._ranks.forget(f"sync/{self._round - 1}")
+            self._ranks.forget(f"sync/{self._round - 1}/asked")
         self._round += 1
         with self._state:
             if not self._in_round:

@@ -114,9 +114,9 @@ def save_often(link: Link) -> None:
         ranks.post(f"save-{number}", b"x" * (LARGE if number == 1 else 1))
         if ranks.is_coordinator:
             ranks.collect(f"save-{number}", 60.0)
-            ranks.forget(f"save-{number - 1}")  # all have posted under the next key
             ranks.announce(f"save-{number}", b"committed")
         ranks.await_announcement(f"save-{number}", 60.0)
+        ranks.forget(f"save-{number - 1}")  # all have posted under the next key
         if number in (2, 19):
             ranks.agree([], phase="measure")
             link.send()

@@ -20,7 +20,7 @@ from asyncckpt import CheckpointError, CheckpointManager, Committed, Event, Fail
 from asyncckpt.testing import FaultyStorage, GatedStorage
 from stagers import BlockingAsyncStager
 from tests.crew import Crew
-from tests.processes import Job, Link
+from tests.processes import Link
 from tests.test_many_ranks import manifest_of
 
 
@@ -156,7 +156,6 @@ class BrokenSavePlanner(DefaultSavePlanner):
 def fail_to_plan(link: Link, path: str, method: str, culprit: int) -> list[Any]:
     planner = BrokenSavePlanner(method if link.rank == culprit else "")
     with CheckpointManager(path, 1, save_planner=planner) as manager:
-        manager._saver.timeout_s = 3.0
         seen = [attempt(lambda: manager.save(1, state(1)))]
         manager._planning._template = DefaultSavePlanner()
         return [*seen, attempt(lambda: manager.save(2, state(2))), manager.all_steps()]
@@ -483,47 +482,6 @@ def test_a_load_planner_that_fails_on_one_rank_is_heard_by_all(four: Crew, run_o
         assert found == (2.0, 200.0 + rank)
 
 
-# -- a rank that dies
-
-
-def die_while_writing(link: Link, path: str, victim: int) -> list[Any]:
-    manager = CheckpointManager(path, 1, timeout=60.0)
-    manager.save(1, state(1))
-    # Only now: on a busy machine they could be too short for the constructor.
-    manager._saver.timeout_s, manager._ranks.timeout_s = 2.0, 10.0
-    gate = GatedStorage(manager._storage, "write_file")
-    if link.rank == victim:
-        manager._saver.storage = gate
-    manager.save_async(2, state(2))
-    if link.rank == victim:
-        gate.wait_reached()
-    link.send()
-    link.receive()
-    seen = [attempt(manager.join), attempt(lambda: manager.save_async(3, state(3))), manager.all_steps()]
-    attempt(manager.close)
-    return seen
-
-
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_rank_killed_while_it_writes_is_named_and_its_step_never_appears(tmp_path: pathlib.Path, victim: int) -> None:
-    """By all others, within the timeout; whoever comes later finds the step before."""
-    with Job(3, die_while_writing, str(tmp_path), victim) as job:
-        for rank in range(3):
-            job.hear(rank)
-        job.signal(victim, signal.SIGKILL)
-        survivors = [rank for rank in range(3) if rank != victim]
-        for rank in survivors:
-            job.tell(rank)
-        for told, after, steps in map(job.result, survivors):
-            assert (told.rank, told.step) == (victim, 2)
-            assert ("rank 1 failed to write" if victim else "in vain for word from rank 0") in told.text
-            assert f"ranks [{victim}] of 3 did not take part" in after.text
-            assert steps == [1]
-    with CheckpointManager(str(tmp_path), 1) as manager:
-        assert manager.all_steps() == [1]
-        manager.verify(1)
-
-
 # -- when to save
 
 
@@ -625,7 +583,7 @@ def test_a_save_is_skipped_on_all_ranks_while_one_is_busy(four: Crew, tmp_path: 
 # -- what it costs
 
 COLLECTIVES = ["agree", "gather_objects", "scatter_objects", "broadcast_object"]
-KEYS = ["post", "missing", "collect", "announce", "announced", "await_announcement", "forget"]
+KEYS = ["post", "missing", "collect", "announce", "claim", "await_announcement", "forget"]
 
 
 def count_messages(link: Link, path: str) -> list[Any]:
@@ -664,9 +622,9 @@ def test_a_save_in_steady_state_costs_one_agreement_and_other_steps_nothing(four
         written = [writing for _, writing in seen]
         assert written[1] == []
         if rank == 0:
-            assert written[2] == ["post", "collect", "announce", "forget", "forget"]
-        else:
-            assert written[2] == ["post", "await_announcement"]
+            assert written[2] == ["post", "collect", "forget", "claim", "claim"]
+        else:  # the second time where it saw that rank 0 commits
+            assert written[2] in (["post", *["await_announcement"] * times, "forget"] for times in (1, 2))
 
 
 def save_often(link: Link, path: str) -> None:
