@@ -21,7 +21,8 @@ General layout, in the order in which a save passes through it (each module impo
     shard                             items to bytes
     read, read_items, read_whole      and back: ranges of files; load plans; what needs no plan
     restore, save, verify             one step; `save` is the writer thread's half of a manager
-    prime, named_state                an optimizer's state: made before the first step; under its parameters' names
+    prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
+    named_state                       a model's and an optimizer's state under their parameters' names
     rng, loader                       random streams, the place in the data
     object_state                      any other object's state
     train_state, state                all of a run's state as one; a user's state as what is saved

@@ -32,9 +32,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from asyncckpt.errors import StateMismatchError
+from asyncckpt.optimizer_layout import by_name, flat, is_saved_flat, with_groups
 from asyncckpt.prime import prime_optimizer
 
-SavedKeys: TypeAlias = Mapping[str, TensorStorageMetadata | BytesStorageMetadata]
+SavedKey: TypeAlias = TensorStorageMetadata | BytesStorageMetadata
+SavedKeys: TypeAlias = Mapping[str, SavedKey]
 
 
 class ModuleState:
@@ -74,13 +76,64 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer, module: nn.Module, options: StateDictOptions) -> None:
         self.optimizer = optimizer
         self._module = module
-        self._options = options
+        self._is_flat = options.flatten_optimizer_state_dict
+        self._options = dataclasses.replace(options, flatten_optimizer_state_dict=False)
         self._named_params: list[torch.Tensor] = []
         self._names: list[str] = []
         self._num_primed: int | None = None
 
     def get(self) -> dict[str, Any]:
         """{"state": {fqn: {key: live tensor or value}}, "param_groups": [...]}; flat if the options ask for that."""
+        return flat(self._nested()) if self._is_flat else self._nested()
+
+    def target(self, saved: SavedKeys, prefix: str) -> dict[str, Any]:
+        """What to read a checkpoint's keys under `prefix` into: `get`, asking for the state that is there, no more and
+        no less, and flat if it was saved flat.
+
+        A parameter without state in the checkpoint had none yet; for state that is there and not yet here (LBFGS's
+        history, momentum of SGD with dampening, a parameter frozen by now) tensors are allocated.
+        """
+        osd, is_flat = self._nested(), is_saved_flat(saved, prefix, self._is_flat)
+        if "param_groups" in osd and not _is_gathered(self._module, self._options):  # else names are not one to each
+            names = chain.from_iterable(group["params"] for group in osd["param_groups"])
+            params = dict(zip(names, _params(self.optimizer), strict=True))
+            if not is_flat and self._is_flat:  # which of the checkpoint's groups are ours is known when they are read
+                osd["param_groups"] = self._all_groups(saved, f"{prefix}param_groups.")
+            for group, option, entry in self._options_in(saved, f"{prefix}param_groups.", osd["param_groups"], is_flat):
+                if option not in group and "." not in option:  # set by a step or a scheduler
+                    group[option] = _placeholder(entry, _params(self.optimizer)[0])
+            found = by_name(saved, f"{prefix}state.", params)
+            osd["state"] = {
+                name: _fit_entry(osd["state"].get(name, {}), found[name], param)
+                for name, param in params.items()
+                if name in found
+            }
+        return flat(osd) if is_flat else osd
+
+    def load(self, osd: Mapping[str, Any]) -> None:
+        """Load what `get` gave, in this process or another, in either layout. State and options that are tensors here
+        already stay the same tensors, as a captured graph may hold them, and keep their dtype."""
+        ours = self._nested()
+        live = {param: dict(entry) for param, entry in self.optimizer.state.items()}
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        tensors = {id(value) for entry in live.values() for value in entry.values() if isinstance(value, torch.Tensor)}
+        kept: set[int] = set()
+        if osd and ours:  # else rank 0 alone has it, as the options may say
+            osd = with_groups(osd, ours["param_groups"])
+            _copy_into_live(ours, osd, tensors, kept)
+            # DCP wants an entry for every parameter.
+            osd["state"] = {n: {} for group in osd["param_groups"] for n in group["params"]} | osd["state"]
+        with _never_stepped(self.optimizer), _all_trainable(self.optimizer), _uncast(self.optimizer):
+            set_optimizer_state_dict(self._module, self.optimizer, dict(osd), options=self._options)
+        for param, entry in self.optimizer.state.items():
+            entry.update({k: v for k, v in live.get(param, {}).items() if k in entry and id(v) in kept})
+        for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+            for option, tensor in before.items():
+                if isinstance(tensor, torch.Tensor) and isinstance(group.get(option), torch.Tensor):
+                    with torch.no_grad():
+                        group[option] = tensor.copy_(group[option])
+
+    def _nested(self) -> dict[str, Any]:
         self._prime()
         params = _params(self.optimizer)
         if self._names and len(params) == len(self._named_params) and all(map(is_, params, self._named_params)):
@@ -91,50 +144,9 @@ class OptimizerState:
             scratch = ("al",) if isinstance(self.optimizer, LBFGS) else ()  # of one step, as long as the whole history
             # Copied, because torch hands out the live dicts, and a load sets values in what we return.
             osd["state"] = {n: {k: v for k, v in s.items() if k not in scratch} for n, s in osd["state"].items() if s}
+            for group in osd["param_groups"]:
+                group.pop("param_names", None)  # of modules as they are wrapped here; "params" are the names to save
         return osd
-
-    def fit(self, osd: dict[str, Any], saved: SavedKeys, prefix: str) -> None:
-        """Make `osd`, from `get`, ask for the state that a checkpoint has under `prefix`, no more and no less.
-
-        A parameter without state in the checkpoint had none yet; for state that is there and not yet here (LBFGS's
-        history, momentum of SGD with dampening, a parameter frozen by now) tensors are allocated.
-        """
-        if "param_groups" not in osd or _is_gathered(self._module, self._options):
-            return  # flattened for pipeline parallelism, or FSDP1's: names are not one to each of our parameters
-        self._fit_groups(osd["param_groups"], saved, f"{prefix}param_groups.")
-        names = chain.from_iterable(group["params"] for group in osd["param_groups"])
-        params = dict(zip(names, _params(self.optimizer), strict=True))
-        found: dict[str, dict[str, Any]] = {}
-        for key, entry in saved.items():
-            if key.startswith(f"{prefix}state."):
-                name, path = _split_name(key.removeprefix(f"{prefix}state."), params)
-                found.setdefault(name, {})[path] = entry
-        for name, param in params.items():
-            if name in found:
-                osd["state"][name] = _fit_entry(osd["state"].get(name, {}), found[name], param)
-            else:
-                osd["state"].pop(name, None)
-
-    def load(self, osd: Mapping[str, Any]) -> None:
-        """Load what `get` gave, in this process or another. State and options that are tensors here already stay the
-        same tensors, as a captured graph may hold them, and keep their dtype."""
-        ours = self.get()
-        live = {param: dict(entry) for param, entry in self.optimizer.state.items()}
-        groups = [dict(group) for group in self.optimizer.param_groups]
-        tensors = {id(value) for entry in live.values() for value in entry.values() if isinstance(value, torch.Tensor)}
-        kept: set[int] = set()
-        _copy_into_live(ours, osd, tensors, kept)
-        if "state" in osd:  # DCP wants an entry for every parameter
-            osd = {**osd, "state": {n: {} for g in osd["param_groups"] for n in g["params"]} | dict(osd["state"])}
-        with _never_stepped(self.optimizer), _all_trainable(self.optimizer):
-            set_optimizer_state_dict(self._module, self.optimizer, dict(osd), options=self._options)
-        for param, entry in self.optimizer.state.items():
-            entry.update({k: v for k, v in live.get(param, {}).items() if k in entry and id(v) in kept})
-        for group, before in zip(self.optimizer.param_groups, groups, strict=True):
-            for option, tensor in before.items():
-                if isinstance(tensor, torch.Tensor) and isinstance(group.get(option), torch.Tensor):
-                    with torch.no_grad():
-                        group[option] = tensor.copy_(group[option])
 
     def _prime(self) -> None:
         num_trainable = sum(param.requires_grad for param in _params(self.optimizer))
@@ -162,7 +174,16 @@ class OptimizerState:
             group["params"] = [self._names[index] for index in group["params"]]
         return {**osd, "state": {self._names[index]: entry for index, entry in osd["state"].items()}}
 
-    def _fit_groups(self, groups: list[dict[str, Any]], saved: SavedKeys, prefix: str) -> None:
+    def _options_in(
+        self, saved: SavedKeys, prefix: str, groups: list[dict[str, Any]], is_flat: bool
+    ) -> Iterator[tuple[dict[str, Any], str, SavedKey]]:
+        """(group, option, entry) of what the checkpoint has of them."""
+        if is_flat:
+            firsts = {group["params"][0]: group for group in groups if group["params"]}
+            for name, options in by_name(saved, prefix, firsts).items():
+                if name:
+                    yield from ((firsts[name], option, entry) for option, entry in options.items())
+            return
         for key, entry in saved.items():
             if key.startswith(prefix):
                 index, _, option = key.removeprefix(prefix).partition(".")
@@ -170,10 +191,16 @@ class OptimizerState:
                     raise StateMismatchError(
                         f"the checkpoint has more parameter groups than the {len(groups)} of "
                         f"{type(self.optimizer).__name__}. Nothing was changed. Call add_param_group as the saved run "
-                        "did, then restore."
+                        "did, then restore. If ranks differ in their groups, as the stages of a pipeline may, give the "
+                        "TrainState StateDictOptions(flatten_optimizer_state_dict=True)."
                     )
-                if option not in groups[int(index)] and "." not in option:  # set by a step or a scheduler
-                    groups[int(index)][option] = _placeholder(entry, _params(self.optimizer)[0])
+                yield groups[int(index)], option, entry
+
+    @staticmethod
+    def _all_groups(saved: SavedKeys, prefix: str) -> list[dict[str, Any]]:
+        """Empty ones, as many as the checkpoint has."""
+        numbers = {key.removeprefix(prefix).partition(".")[0] for key in saved if key.startswith(prefix)}
+        return [{} for _ in numbers]
 
 
 def _is_gathered(module: nn.Module, options: StateDictOptions) -> bool:
@@ -209,30 +236,39 @@ def _all_trainable(optimizer: Optimizer) -> Iterator[None]:
             param.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def _uncast(optimizer: Optimizer) -> Iterator[None]:
+    """Keep torch from casting state to the parameter's dtype: what it keeps in float32 of bfloat16 would be rounded."""
+    given: dict[str, Any] = {}
+    hook = optimizer.register_load_state_dict_pre_hook(lambda _, osd: given.update(osd))
+    try:
+        yield
+    finally:
+        hook.remove()
+    ids = chain.from_iterable(group["params"] for group in given.get("param_groups", ()))
+    for number, param in zip(ids, _params(optimizer), strict=False):
+        entry = optimizer.state.get(param, {})
+        for key, value in given["state"].get(number, {}).items():
+            cast = entry.get(key)
+            if isinstance(value, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
+                entry[key] = value.to(cast.device, copy=True)
+
+
 def _params(optimizer: Optimizer) -> list[torch.Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _split_name(rest: str, params: Mapping[str, torch.Tensor]) -> tuple[str, str]:
-    """A parameter's name and the path in its state, both with dots; ("", rest) for no parameter of ours."""
-    parts = rest.split(".")
-    for length in range(1, len(parts)):
-        if (name := ".".join(parts[:length])) in params:
-            return name, ".".join(parts[length:])
-    return "", rest
-
-
 def _fit_entry(live: Mapping[str, Any], found: Mapping[str, Any], param: torch.Tensor) -> dict[str, Any]:
     fitted = {key: value for key, value in live.items() if not isinstance(value, list)}  # lists: as long as saved
+    ours = set(fitted)
     for path, entry in found.items():
         parts = path.split(".")
-        if parts[0] in live and parts[0] in fitted and fitted[parts[0]] is live[parts[0]]:
-            continue
-        set_element(fitted, tuple(int(p) if p.isdigit() else p for p in parts), _placeholder(entry, param))
+        if parts[0] not in ours:
+            set_element(fitted, tuple(int(p) if p.isdigit() else p for p in parts), _placeholder(entry, param))
     return fitted
 
 
-def _placeholder(entry: TensorStorageMetadata | BytesStorageMetadata, param: torch.Tensor) -> Any:
+def _placeholder(entry: SavedKey, param: torch.Tensor) -> Any:
     if not isinstance(entry, TensorStorageMetadata):
         return None
     dtype = entry.properties.dtype

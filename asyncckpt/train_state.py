@@ -13,6 +13,7 @@ Called by manager.py and by users.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
@@ -119,11 +120,14 @@ class TrainState:
 
         Changes nothing but optimizers without state, which are primed.
         """
+        return self._with_optimizers({name: optimizer.get() for name, optimizer in self._optimizers.items()})
+
+    def _with_optimizers(self, optimizers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         state: dict[str, Any] = {"progress": pack({"step": self.step, "epoch": self.epoch})}
         if self._model is not None:
             state["model"] = self._model.get()
-        for name, optimizer in self._optimizers.items():
-            state["optimizer"] = {**state.get("optimizer", {}), name: optimizer.get()} if name else optimizer.get()
+        if optimizers:
+            state["optimizer"] = optimizers.get("", optimizers)
         if self._schedulers:
             state["scheduler"] = pack({name: scheduler.state_dict() for name, scheduler in self._schedulers.items()})
         if self._scaler is not None:
@@ -144,15 +148,17 @@ class TrainState:
         tensors a registered object has; tensors that are not here yet are allocated.
         Raises StateMismatchError: the checkpoint has more parameter groups than the optimizer; nothing was changed.
         """
-        target = self.state_dict()
+        target = self._with_optimizers(
+            {
+                name: optimizer.target(saved, f"optimizer.{name}." if name else "optimizer.")
+                for name, optimizer in self._optimizers.items()
+            }
+        )
         ranks, rank = saved_ranks(saved), _rank()
         for base in self._per_rank & {key.partition("/")[0] for key in target}:
             target[f"{base}/rank_{source_rank(base, rank, ranks)}"] = target.pop(f"{base}/rank_{rank}")
         if self._model is not None:
             self._model.fit(target["model"], saved, "model.")
-        for name, optimizer in self._optimizers.items():
-            entry, prefix = (target["optimizer"][name], f"{name}.") if name else (target["optimizer"], "")
-            optimizer.fit(entry, saved, f"optimizer.{prefix}")
         for key in target:
             if (part := self._objects.get(key.partition("/")[0])) is not None:
                 part.fit(target[key], saved, f"{key}.")
@@ -172,6 +178,7 @@ class TrainState:
             part.load(_own_part(state_dict, name)[1] if name in self._per_rank else _part(state_dict, name))
         for name, scheduler in self._schedulers.items():
             scheduler.load_state_dict(_part(unpack(_part(state_dict, "scheduler")), name))
+            _fit_to_groups(scheduler, always=self._options.flatten_optimizer_state_dict)
         if self._scaler is not None:
             self._scaler.load_state_dict(unpack(_part(state_dict, "scaler")))
         for name, position in self._loaders.items():
@@ -187,7 +194,7 @@ class TrainState:
             warnings.warn(
                 "a plain DataLoader of this TrainState is not iterated through state.batches(): its position is "
                 "unknown, and a resume begins its epoch anew",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -204,6 +211,18 @@ def _by_name(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping) and not isinstance(value, nn.Module):
         return dict(value)
     return {str(i): v for i, v in enumerate(value)} if isinstance(value, list | tuple) else {"": value}
+
+
+def _fit_to_groups(scheduler: Any, *, always: bool) -> None:
+    """What a scheduler keeps for each parameter group, as the restored optimizer's groups have it. The checkpoint has
+    one rank's, and the stages of a pipeline may differ in their groups. always: also where the numbers are the same."""
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", [])
+    for attribute, option in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
+        kept = getattr(scheduler, attribute, None)
+        if isinstance(kept, list) and (always or len(kept) != len(groups)) and all(option in group for group in groups):
+            setattr(scheduler, attribute, [copy.copy(group[option]) for group in groups])
+    for part in getattr(scheduler, "_schedulers", ()):
+        _fit_to_groups(part, always=always)
 
 
 def _rank() -> int:
