@@ -20,20 +20,30 @@ class Launch:
     """One start of demo_train.py and the lines of its event file. Times are of `time.time()`, in seconds."""
 
     title: str
+    url: str
     started_s: float
     ended_s: float
     events: list[dict[str, Any]]
 
     def of(self, kind: str) -> dict[int, dict[str, Any]]:
-        """The events of one kind by step."""
-        return {event["step"]: event for event in self.events if event["event"] == kind}
+        """Rank 0's events of one kind by step."""
+        return {event["step"]: event for event in self.events if event["event"] == kind and event["rank"] == 0}
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Of each part of the state at the end."""
+        finished = next(event for event in self.events if event["event"] == "Finished")
+        return dict(finished["sha256"])
 
 
 # -- the table
 
 
 def checkpoint_table(launches: Sequence[Launch]) -> Table:
-    """A row for each checkpoint taken, and below them medians; MB/s there is of all bytes over all of their time."""
+    """A row for each checkpoint taken, and below them medians; MB/s there is of all bytes over all of their time.
+
+    Stalls and times are rank 0's, bytes those of all ranks.
+    """
     saves = [staged for launch in launches for staged in launch.of("Staged").values()]
     commits = [committed for launch in launches for committed in launch.of("Committed").values()]
     footers = {
@@ -58,7 +68,8 @@ def checkpoint_table(launches: Sequence[Launch]) -> Table:
 def _outcome(launch: Launch, step: int) -> tuple[str, str, str, str]:
     committed = launch.of("Committed").get(step)
     if committed is None:
-        return "never", _mb(launch.of("Written")[step]["num_bytes"]), "", "[red]killed"
+        written = [event for event in launch.events if event["event"] == "Written" and event["step"] == step]
+        return "never", _mb(sum(event["num_bytes"] for event in written)), "", "[red]killed"
     num_bytes, durable_s = committed["num_bytes"], committed["durable_s"]
     return _ms(durable_s), _mb(num_bytes), _rate(num_bytes, durable_s), "[green]committed"
 

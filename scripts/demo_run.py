@@ -1,15 +1,17 @@
 """The demo: one training run as it should be, one that is killed in mid-save and started again, and are they equal?
 
-    scripts/demo [--url URL] [--quick]
+    scripts/demo [--url URL] [--quick] [--ranks N]
 
-Starts demo_train.py three times, looks into storage between the kill and the restart, and shows a table and a picture.
-Exit status 0 only if parameters, optimizer state and loss history of both runs have the same SHA-256. Everything is
-written to places of this start's own; nothing that was there before is touched.
+Starts demo_train.py, looks into storage between the kill and the restart, and shows tables and, for one process, a
+picture. Exit status 0 only if parameters, optimizer state and loss history of both runs have the same SHA-256. With
+ranks one of them is killed, and the run goes on three times: on as many ranks, to the same bits, on one and on twice as
+many, within a tolerance. Everything is written to places of this start's own; nothing that was there before is touched.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -18,8 +20,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
+from demo_agree import TOLERANCE, agreement_table, compare_ends
 from demo_report import Launch, checkpoint_table, draw_timeline
+from demo_train import FULL, QUICK, Size
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +33,8 @@ from asyncckpt.storage import open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLED_STEP = 60
+TORCHRUN_FAILED = 1
+"""Its status when it has ended a job because a rank died."""
 # torch's threads spin while they wait for each other, and on two cores take them from the thread that saves, and from
 # an object store on this machine: the slowest of 20 steps took 3 to 11 s, and 1.0 to 1.5 s with this (3 runs each).
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "passive"}
@@ -48,14 +55,22 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / ".demo", help="for the events and the picture")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--ranks", type=int, default=1, help="train under FSDP2 on so many, started by torchrun")
     arguments = parser.parse_args()
+    size = QUICK if arguments.quick else FULL
+    if arguments.ranks < 1 or (arguments.ranks > 1 and size.batch % (2 * arguments.ranks)):
+        parser.error(f"--ranks: the batch of {size.batch} must divide by twice as many, on which the run is resumed")
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the training ends with us
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     out = arguments.out / name
     out.mkdir(parents=True)
     url = f"{(arguments.url or str(arguments.out)).rstrip('/')}/{name}"
     try:
-        are_equal = demo(url, out, ["--quick"] if arguments.quick else [])
+        options = ["--quick"] if arguments.quick else []
+        if arguments.ranks == 1:
+            are_equal = demo(url, out, options)
+        else:
+            are_equal = demo_of_ranks(url, out, options, size, arguments.ranks)
     except DemoError as exc:
         console.print(f"[bold red]FAILED[/]: {exc}")
         return 1
@@ -95,19 +110,90 @@ def demo(url: str, out: Path, options: list[str]) -> bool:
     return are_equal
 
 
-def launch(title: str, url: str, out: Path, options: list[str], *, status: int) -> Launch:
-    """Run demo_train.py to its end. DemoError unless that is `status`."""
-    events = out / f"{title}.jsonl"
-    command = [sys.executable, str(ROOT / "scripts" / "demo_train.py"), url, "--events", str(events), *options]
+def demo_of_ranks(url: str, out: Path, options: list[str], size: Size, num_ranks: int) -> bool:
+    """Whether the run killed on `num_ranks` came to the same end on as many, on one, and on twice as many."""
+    began_s = time.monotonic()
+    options = [*options, "--comparable"]
+    os.environ["OMP_NUM_THREADS"] = "1"  # in all runs, so that they differ in nothing but the number of ranks
+    console.print(f"[bold]1. A training run on {num_ranks} ranks that nothing disturbs[/]")
+    reference = launch("uninterrupted", f"{url}/uninterrupted", out, options, status=0, num_ranks=num_ranks)
+
+    console.print(f"\n[bold]2. The same run, with SIGKILL of rank {num_ranks - 1} while step {KILLED_STEP} is saved[/]")
+    kill = ["--kill-while-saving", str(KILLED_STEP)]
+    killed = launch("killed", f"{url}/killed", out, options + kill, status=TORCHRUN_FAILED, num_ranks=num_ranks)
+    if failed := killed.of("Failed").get(KILLED_STEP):
+        console.print(f"Rank 0 said: {failed['error']}")
+    newest = check_storage(killed.url)
+
+    resumed = []
+    for number, count in enumerate([num_ranks, 1, 2 * num_ranks], start=3):
+        console.print(f"\n[bold]{number}. What it left, resumed on {count}[/]")
+        copy_files(killed.url, f"{url}/resumed-on-{count}")
+        title = f"resumed on {count}"
+        resumed.append(launch(title, f"{url}/resumed-on-{count}", out, options, status=0, num_ranks=count))
+        check_restart(killed, resumed[-1], newest)
+
+    console.print()
+    console.print(checkpoint_table([reference, killed, *resumed]))
+    agreements = compare_ends(reference, resumed, size)
+    console.print(agreement_table(reference.title, agreements))
+    # On as many ranks every sum is taken as it was, so there the bits must be the same.
+    agree = agreements[0].is_exact and all(agreement.is_within_tolerance for agreement in agreements)
+    if agree:
+        for launched in [reference, *resumed]:
+            clear(launched.url)
+    console.print(f"Checkpoints: {killed.url} (as the kill left them, yours to look at and to delete)")
+    console.print(f"Time:        {time.monotonic() - began_s:.0f} s in all")
+    verdict = "[bold red]DIFFERENT[/]: resumed on other ranks, training did not end as uninterrupted."
+    if agree:
+        verdict = (
+            f"[bold green]EQUAL[/]: on {num_ranks} ranks again bit for bit; on 1 and {2 * num_ranks}, where sums are "
+            f"taken in another order, within {TOLERANCE:g}."
+        )
+    console.print(verdict)
+    return agree
+
+
+def launch(title: str, url: str, out: Path, options: list[str], *, status: int, num_ranks: int = 1) -> Launch:
+    """Run demo_train.py to its end, on several ranks by torchrun. DemoError unless that is `status`.
+
+    What a run that is to fail says of it goes to a file: torchrun and every rank print a traceback.
+    """
+    name = title.replace(" ", "-")
+    events, log = out / f"{name}.jsonl", out / f"{name}.log"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [
+        sys.executable, *(torchrun if num_ranks > 1 else []),
+        str(ROOT / "scripts" / "demo_train.py"), url, "--events", str(events), *options,
+    ]  # fmt: skip
     started_s = time.time()
-    done = subprocess.run(command, check=False, env={**PATIENT_THREADS, **os.environ})
+    with log.open("w") if status else contextlib.nullcontext() as errors:
+        ended = run(command, errors)
     ended_s = time.time()
-    if done.returncode < 0:  # a progress bar that was killed had no time for this
+    if ended < 0:  # a progress bar that was killed had no time for this
         console.show_cursor()
         console.print()
-    if done.returncode != status:
-        raise DemoError(f"training ended with status {done.returncode}, not {int(status)}: {' '.join(command)}")
-    return Launch(title, started_s, ended_s, [json.loads(line) for line in events.read_text().splitlines()])
+    if ended != status:
+        where = f" (see {log})" if status else ""
+        raise DemoError(f"training ended with status {ended}, not {int(status)}{where}: {' '.join(command)}")
+    return Launch(title, url, started_s, ended_s, [json.loads(line) for line in events.read_text().splitlines()])
+
+
+def run(command: list[str], errors: TextIO | None) -> int:
+    """Its status. errors: in place of our stderr."""
+    with subprocess.Popen(command, env={**PATIENT_THREADS, **os.environ}, stderr=errors) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # and not kill: torchrun would leave its ranks behind
+            raise
+
+
+def copy_files(source_url: str, target_url: str) -> None:
+    """Every file of a run, so that each that goes on from there has it for itself."""
+    source, target = open_storage(source_url), open_storage(target_url)
+    for path, size in source.list_files().items():
+        target.write_file(path, size, iter([memoryview(source.read_file(path))]))
 
 
 def check_storage(url: str) -> int:
@@ -133,11 +219,9 @@ def check_restart(killed: Launch, restarted: Launch, newest: int) -> None:
         )
     before, after = killed.of("Step"), restarted.of("Step")
     again = sorted(before.keys() & after.keys())
-    differing = [step for step in again if before[step]["loss"] != after[step]["loss"]]
-    console.print(
-        f"Restored step {newest}; steps {again[0]} to {again[-1]} were run a second time, "
-        + (f"with other losses at steps {differing}." if differing else "with the same losses.")
-    )
+    apart = max(abs(after[step]["loss"] / before[step]["loss"] - 1) for step in again)
+    losses = f"with losses up to {apart:.1e} apart" if apart else "with the same losses"
+    console.print(f"Restored step {newest}; steps {again[0]} to {again[-1]} were run a second time, {losses}.")
     leftover = restarted.of("Pruned").get(KILLED_STEP)
     if leftover is None or leftover["whole"]:
         raise DemoError(f"what the kill left of step {KILLED_STEP} is still in storage")
@@ -145,9 +229,7 @@ def check_restart(killed: Launch, restarted: Launch, newest: int) -> None:
 
 
 def compare(reference: Launch, restarted: Launch) -> bool:
-    (expected,), (found,) = (
-        [e["sha256"] for e in r.events if e["event"] == "Finished"] for r in (reference, restarted)
-    )
+    expected, found = reference.sha256, restarted.sha256
     table = Table(title="SHA-256 at the end", title_justify="left")
     for column in ("", "uninterrupted", "killed and started again", ""):
         table.add_column(column)

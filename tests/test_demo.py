@@ -20,6 +20,7 @@ from tests.servers import GcsEmulator, S3Server
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))  # its files import each other as they do when started from there
 
+import demo_agree  # noqa: E402
 import demo_report  # noqa: E402
 import demo_run  # noqa: E402
 import demo_train  # noqa: E402
@@ -55,9 +56,39 @@ def test_fingerprints_tell_which_part_differs_in_its_last_bit() -> None:
 def test_runs_that_ended_differently_are_not_equal() -> None:
     """One part is enough."""
     ends = [{"parameters": "a", "loss history": loss} for loss in "bbc"]
-    launches = [demo_report.Launch("run", 0, 1, [{"event": "Finished", "sha256": end}]) for end in ends]
+    launches = [demo_report.Launch("run", "url", 0, 1, [{"event": "Finished", "sha256": end}]) for end in ends]
     assert demo_run.compare(launches[0], launches[1])
     assert not demo_run.compare(launches[0], launches[2])
+
+
+def test_ends_on_other_ranks_agree_within_the_tolerance() -> None:
+    """But on as many as before, and in what they went on from, they must be equal."""
+    expected = {"parameters": [torch.tensor([3.0, 4.0])], "losses": [torch.tensor([2.0])]}
+
+    def agreement(moved_by: float, is_restored: bool = True) -> demo_agree.Agreement:
+        found = {**expected, "parameters": [torch.tensor([3.0, 4.0 + moved_by])]}
+        return demo_agree.Agreement("resumed", 40, is_restored, demo_agree.measure(expected, found))
+
+    same, near, far, mixed_up = agreement(0), agreement(2**-12), agreement(0.5), agreement(0, is_restored=False)
+    assert far.distances == {"parameters": 0.1, "losses": 0.0}
+    assert [end.is_exact for end in (same, near, far, mixed_up)] == [True, False, False, False]
+    assert [end.is_within_tolerance for end in (same, near, far, mixed_up)] == [True, True, False, False]
+
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo_agree.agreement_table("uninterrupted", [same, near, mixed_up]))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["SHA-256", "of", "what", "was", "restored", "equal", "equal", "different"] in rows
+    assert ["parameters", "equal", "4.9e-05", "apart", "equal"] in rows
+
+
+def test_ranks_that_a_batch_does_not_divide_by_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is started."""
+    monkeypatch.setattr(sys, "argv", ["demo", "--quick", "--ranks", "3"])
+    with pytest.raises(SystemExit):
+        demo_run.main()
+    assert "the batch of 4 must divide by twice as many" in capsys.readouterr().err
 
 
 def test_table_and_picture_show_a_save_that_was_killed(tmp_path: Path) -> None:
@@ -93,12 +124,15 @@ def test_table_and_picture_show_a_save_that_was_killed(tmp_path: Path) -> None:
 def launch(title: str, started_s: float, ended_s: float, events: list[Event]) -> demo_report.Launch:
     """With a training step just before each save."""
     steps = [
-        {"event": "Step", "step": event.step, "loss": 1.0, "started_s": event.time_s - 1, "time_s": event.time_s - 0.2}
+        {
+            "event": "Step", "rank": 0, "step": event.step, "loss": 1.0,
+            "started_s": event.time_s - 1, "time_s": event.time_s - 0.2,
+        }
         for event in events
         if isinstance(event, Staged)
-    ]
+    ]  # fmt: skip
     return demo_report.Launch(
-        title, started_s, ended_s, steps + [{"event": type(e).__name__, **vars(e)} for e in events]
+        title, "url", started_s, ended_s, steps + [{"event": type(e).__name__, **vars(e)} for e in events]
     )
 
 
@@ -133,15 +167,54 @@ def test_demo_on_gcs_needs_nothing_but_the_environment(gcs_server: GcsEmulator, 
     check_demo(["--url", gs_url], gs_url, gcs_server.env, gcs_server.storage_options, tmp_path)
 
 
+@pytest.mark.slow
+def test_demo_of_ranks_in_a_folder_ends_equal(tmp_path: Path) -> None:
+    """Two ranks, of which one is killed, resumed on two, one and four."""
+    check_demo_of_ranks([], str(tmp_path), {}, {}, tmp_path)
+
+
+@pytest.mark.slow
+def test_demo_of_ranks_on_s3_ends_equal(s3_server: S3Server, s3_url: str, tmp_path: Path) -> None:
+    """torchrun hands the environment on."""
+    check_demo_of_ranks(["--url", s3_url], s3_url, s3_server.env, s3_server.storage_options, tmp_path)
+
+
 def check_demo(options: list[str], url: str, env: dict[str, str], storage_options: dict[str, Any], out: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "demo_run.py"), "--quick", "--out", str(out), *options]
+    said = run_demo([*options, "--out", str(out)], env)
+    assert said[-1].startswith("EQUAL: ")
+    assert any("whole steps [0, 20, 40]; step 60 is partial" in line for line in said)
+    (picture,) = out.glob("*/timeline.png")
+    name = picture.parent.name
+    assert steps_at(f"{url}/{name}/killed", storage_options) == [60, 80, 100]
+    assert open_storage(f"{url}/{name}/uninterrupted", storage_options).list_files() == {}
+
+
+def check_demo_of_ranks(
+    options: list[str], url: str, env: dict[str, str], storage_options: dict[str, Any], out: Path
+) -> None:
+    said = run_demo(["--ranks", "2", *options, "--out", str(out)], env)
+    assert said[-1].startswith("EQUAL: on 2 ranks again bit for bit; on 1 and 4, ")
+    assert any(line.startswith("Rank 0 said: step 60 ") and "rank 1 failed to write" in line for line in said)
+    assert any("whole steps [0, 20, 40]; step 60 is partial" in line for line in said)
+    rows = [line.split() for line in said]
+    assert ["restored", "step", "40", "40", "40"] in rows
+    assert ["SHA-256", "of", "what", "was", "restored", "equal", "equal", "equal"] in rows
+    (events,) = out.glob("*/killed.jsonl")
+    name = events.parent.name
+    assert steps_at(f"{url}/{name}/killed", storage_options) == [0, 20, 40]
+    for run in ("uninterrupted", "resumed-on-2", "resumed-on-1", "resumed-on-4"):
+        assert open_storage(f"{url}/{name}/{run}", storage_options).list_files() == {}
+
+
+def run_demo(options: list[str], env: dict[str, str]) -> list[str]:
+    """The lines that it prints."""
+    command = [sys.executable, str(SCRIPTS / "demo_run.py"), "--quick", *options]
     # One thread: two per process wait for each other when the cores are shared.
     done = subprocess.run(command, env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("EQUAL: ")
-    assert "whole steps [0, 20, 40]; step 60 is partial" in done.stdout
-    (picture,) = out.glob("*/timeline.png")
-    name = picture.parent.name
-    with CheckpointManager(f"{url}/{name}/killed", storage_options=storage_options) as manager:
-        assert manager.all_steps() == [60, 80, 100]
-    assert open_storage(f"{url}/{name}/uninterrupted", storage_options).list_files() == {}
+    return done.stdout.splitlines()
+
+
+def steps_at(url: str, storage_options: dict[str, Any]) -> list[int]:
+    with CheckpointManager(url, storage_options=storage_options) as manager:
+        return manager.all_steps()
