@@ -27,7 +27,9 @@ class SyncPoint:
     and again. `reached` is thus held up for some polls (under 0.3 s up to 200 ranks) once per request.
 
     A rank that does not answer within `timeout_s` ends the attempt on all ranks: there is no sync point, the request
-    is dropped, and `take_failure` says why. A dead watcher (the store is gone) says so once and holds up nothing.
+    is dropped, and `take_failure` says why. The first word on an attempt holds for all, so that a coordinator that
+    comes late cannot name a step to save at when the others have given up. A dead watcher (the store is gone) says so
+    once and holds up nothing.
     """
 
     def __init__(self, ranks: Ranks, *, timeout_s: float = 60.0) -> None:
@@ -37,7 +39,7 @@ class SyncPoint:
         self._timeout_s = timeout_s
         self._asked: set[str] = set()  # changed only by single calls, which are atomic: a signal handler adds to it
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # the one queue whose put() is reentrant
-        self._round = 0
+        self._round = self._num_forgotten = 0
         self._deadline = 0.0
         self._closing = False
         self._state = threading.Condition()  # guards what follows
@@ -124,28 +126,33 @@ class SyncPoint:
                 self._in_round = True
                 mine = {"last_step": self._last_step, "reasons": list(self._asked)}
             self._ranks.post(key, json.dumps(mine).encode())
-        if self._ranks.is_coordinator:
-            self._decide(key)
-        if (verdict := self._ranks.announced(key)) is not None:
-            self._settle(**json.loads(verdict))
-        elif time.monotonic() > self._deadline + self._timeout_s / 2:  # past the coordinator's own deadline
-            self._settle(failure=f"rank 0 did not answer within {1.5 * self._timeout_s:g} s")
+        verdict = self._verdict(key)
+        if verdict is not None:
+            # Not over what another rank said first.
+            self._settle(**json.loads(self._ranks.claim(key, json.dumps(verdict).encode())))
+        elif (word := self._ranks.announced(key)) is not None:
+            self._settle(**json.loads(word))
 
-    def _decide(self, key: str) -> None:
-        if not self._ranks.have_all_posted(key) and time.monotonic() <= self._deadline:
-            return
+    def _verdict(self, key: str) -> dict[str, Any] | None:
+        """What this rank has to say: the coordinator when all have posted or time is up, another one much later."""
+        now = time.monotonic()
+        if not self._ranks.is_coordinator:
+            is_late = now > self._deadline + self._timeout_s / 2
+            return {"failure": f"rank 0 did not answer within {1.5 * self._timeout_s:g} s"} if is_late else None
+        if not self._ranks.have_all_posted(key) and now <= self._deadline:
+            return None
         if missing := self._ranks.missing(key):
-            verdict: dict[str, Any] = {"failure": f"ranks {missing} did not answer in {self._timeout_s:g} s"}
-        else:
-            posts = [json.loads(post) for post in self._ranks.collect(key, 0.0)]
-            reasons = {reason for post in posts for reason in post["reasons"]}
-            verdict = {"step": max(post["last_step"] for post in posts) + 1, "reasons": sorted(reasons)}
-        self._ranks.announce(key, json.dumps(verdict).encode())
+            return {"failure": f"ranks {missing} did not answer in {self._timeout_s:g} s"}
+        posts = [json.loads(post) for post in self._ranks.collect(key, 0.0)]
+        reasons = {reason for post in posts for reason in post["reasons"]}
+        return {"step": max(post["last_step"] for post in posts) + 1, "reasons": sorted(reasons)}
 
     def _settle(self, step: int | None = None, reasons: Sequence[str] = (), failure: str = "") -> None:
-        if step is not None:  # all have posted in this round, so all are done with the one before
-            self._ranks.forget(f"sync/{self._round - 1}")
-            self._ranks.forget(f"sync/{self._round - 1}/asked")
+        if step is not None:  # all have posted in this round, so all are done with those before
+            for number in range(self._num_forgotten, self._round):
+                self._ranks.forget(f"sync/{number}")
+                self._ranks.forget(f"sync/{number}/asked")
+            self._num_forgotten = self._round
         self._round += 1
         with self._state:
             if not self._in_round:
