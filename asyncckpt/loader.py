@@ -3,10 +3,16 @@
 An epoch's order comes from the random state at its start. That state is kept; a resume goes back to it, makes the
 iterator again, skips what was consumed, and returns to the random state of the moment. A loader that keeps its own
 state (torchdata's StatefulDataLoader) is asked for it instead. Called by train_state.py only.
+
+A position is this rank's, and counts its batches. Where the data is divided anew, among another number of replicas (a
+sampler's `num_replicas`) or in batches of another size, the epoch goes on after as many samples of all replicas
+together, rounded down to a whole batch of theirs: some may come twice, none is left out, and it warns. A loader's own
+state says nothing then; it is skipped ahead like any other. Which rank's position a new rank takes: per_rank.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -29,6 +35,7 @@ class LoaderPosition:
         self.position = 0
         self._is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._is_loaded = False
+        self._is_divided_anew = False
         self._start: dict[str, Any] | None = None
         self._iteration = 0
 
@@ -59,6 +66,7 @@ class LoaderPosition:
             "start": self._start,
             "generators": [g.get_state() for g in self._generators()],
             "replicas": self._of_samplers("num_replicas", 1),
+            "batch_size": self._batch_size(),
             "sampler_epoch": self._of_samplers("epoch", None),
             # A StatefulDataLoader asked before its first iteration would start its workers and draw a random number.
             "loader": self.loader.state_dict()
@@ -70,20 +78,41 @@ class LoaderPosition:
         """Loops under way end with an error. The random streams may be moved: restore them after this."""
         self._iteration += 1
         self.epoch, self.position, self._start = state["epoch"], state["position"], state["start"]
-        replicas = self._of_samplers("num_replicas", 1)
-        if replicas != state["replicas"] and self.position:
-            self.position = self.position * state["replicas"] // replicas
-            warnings.warn(
-                f"the checkpoint was saved with the data divided by {state['replicas']}, now it is by {replicas}: "
-                f"epoch {self.epoch} goes on at batch {self.position}, and a few samples may come twice",
-                stacklevel=2,
-            )
+        self._is_divided_anew = self._divide_anew(state["replicas"], state.get("batch_size"))
         if self._is_stateful:
             self._load_stateful(state)
         for generator, saved in zip(self._generators(), state["generators"], strict=True):
             generator.set_state(saved)
 
+    def _divide_anew(self, saved_replicas: int, saved_size: int | None) -> bool:
+        """Convert the position from another division of the data; whether it is another."""
+        replicas, size = self._of_samplers("num_replicas", 1), self._batch_size()
+        if saved_size is None or size is None:  # an older checkpoint, or batches of no fixed size
+            saved_size = size = 1
+        if (replicas, size) == (saved_replicas, saved_size):
+            return False
+        if self.position:
+            self.position = self.position * saved_replicas * saved_size // (replicas * size)
+            with contextlib.suppress(TypeError):  # it may have no length
+                self.position = min(self.position, len(self.loader))  # of an epoch that is over, or nearly
+            warnings.warn(
+                f"the checkpoint was saved with the data divided by {saved_replicas}, in batches of {saved_size}, now "
+                f"it is by {replicas}, of {size}: epoch {self.epoch} goes on at batch {self.position}, and a few "
+                "samples may come twice",
+                stacklevel=2,
+            )
+        return True
+
     def _load_stateful(self, state: dict[str, Any]) -> None:
+        if self._is_divided_anew and self._start is not None:
+            self._is_loaded = False
+            return
+        if self._is_divided_anew and state["loader"] is not None:
+            warnings.warn(
+                f"{self.loader!r} was not iterated through state.batches(), and its own state is of another number of "
+                "replicas or batch size: it goes on where that says, and samples may be left out or come twice",
+                stacklevel=2,
+            )
         self._is_loaded = state["loader"] is not None
         self.loader.load_state_dict(state["loader"] or {})
         if self._is_loaded and hasattr(self.loader, "next_iter_state"):
@@ -95,6 +124,7 @@ class LoaderPosition:
 
     def _begin(self) -> Iterator[Any]:
         self._set_epoch(self.epoch)
+        self._is_divided_anew = False
         has_workers = getattr(self.loader, "persistent_workers", False) and self.loader._iterator is not None
         self._start = {
             "rng": rng_state(devices=False),
@@ -107,7 +137,9 @@ class LoaderPosition:
         self._set_epoch(self.epoch)
         now, generators = rng_state(devices=False), [g.get_state() for g in self._generators()]
         try:
-            return self._resume_stateful() if self._is_stateful else self._replay(fast_skip)
+            if self._is_stateful and not self._is_divided_anew:
+                return self._resume_stateful()
+            return self._replay(fast_skip)
         finally:
             set_rng_state(now)
             for generator, state in zip(self._generators(), generators, strict=True):
@@ -128,6 +160,7 @@ class LoaderPosition:
         if getattr(loader, "persistent_workers", False):
             return self._skip(self._new_workers())
         has_indices = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+        has_indices &= not self._is_stateful  # which counts what it hands out
         if has_indices and loader.num_workers and fast_skip:
             return iter(_skipping(loader, self.position))
         iterator: Any = iter(loader)
@@ -169,6 +202,12 @@ class LoaderPosition:
 
     def _of_samplers(self, attribute: str, default: Any) -> Any:
         return next((getattr(s, attribute) for s in self._samplers() if hasattr(s, attribute)), default)
+
+    def _batch_size(self) -> int | None:
+        sizes = (
+            getattr(part, "batch_size", None) for part in (self.loader, getattr(self.loader, "batch_sampler", None))
+        )
+        return next((size for size in sizes if isinstance(size, int)), None)
 
     def _generators(self) -> list[torch.Generator]:
         found = [getattr(part, "generator", None) for part in (self.loader, *self._samplers())]

@@ -582,7 +582,7 @@ class CheckpointManager:
         self._check_known(step)
         opened = self._open(step)
         restoring = prepare(
-            self._storage, opened, for_restore(state, opened.saved, self._ranks.rank),
+            self._storage, opened, for_restore(state, opened.saved, self._ranks.rank, self._ranks.world_size),
             is_coordinator=self._ranks.is_coordinator, load_planner=self._load_planner, safe_globals=self._safe_globals,
         )  # fmt: skip
         return opened.sequence, restoring

@@ -1,15 +1,24 @@
 """`PerRank`: values that each rank keeps for itself, and how they look in a checkpoint: under `<key>/rank_<k>`.
 
 DCP keeps one of the values that ranks save under the same key, without a word; a key of its own for each rank prevents
-that. Called by manager.py for plain state dicts, and by train_state.py, which also decides what other ranks' random
-streams are good for.
+that. Called by state.py for plain state dicts, and by train_state.py.
+
+Restored on another number of ranks, every value of a rank (random streams, places in the data, `PerRank`) follows one
+rule, and nothing is merged or averaged:
+
+    a rank that was there at the save       takes its own
+    rank k, which was not                   takes that of the k-th modulo n, of the n that were, and warns
+    what is left of ranks that are gone     stays in the checkpoint; rank 0 warns
+
+What it makes of another rank's value: random streams are derived from it, unlike that rank's (rng.py); a place in the
+data is taken over, and converted if the data is divided anew (loader.py); anything else is taken as it is.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _RANK_KEY = re.compile(r"(.*?)/rank_(\d+)(?=\.|$)")
@@ -18,7 +27,8 @@ _RANK_KEY = re.compile(r"(.*?)/rank_(\d+)(?=\.|$)")
 class PerRank:
     """A value of this rank alone. A restore sets `value`; anything that may stand in a state dict may be in it.
 
-    Restored on more ranks than saved, rank k takes the value of rank k modulo those that are there, with a warning.
+    Restored on more ranks than saved, rank k takes the value of rank k modulo those that were there; on fewer, some
+    values are left over. Both with a warning.
     """
 
     def __init__(self, value: Any) -> None:
@@ -28,7 +38,9 @@ class PerRank:
         return f"PerRank({self.value!r})"
 
 
-def expand_per_rank(state_dict: Mapping[str, Any], rank: int, saved: Iterable[str] | None = None) -> dict[str, Any]:
+def expand_per_rank(
+    state_dict: Mapping[str, Any], rank: int, saved: Iterable[str] | None = None, world_size: int = 1
+) -> dict[str, Any]:
     """`state_dict` with each PerRank under "k" replaced by its value under "k/rank_<rank>".
 
     saved: the keys of the checkpoint to restore, for choosing another rank where they lack this one; None: saving.
@@ -36,7 +48,12 @@ def expand_per_rank(state_dict: Mapping[str, Any], rank: int, saved: Iterable[st
     """
     if not _holds_per_rank(state_dict):
         return dict(state_dict)
-    return _expand(state_dict, "", rank, None if saved is None else saved_ranks(saved))
+    ranks = None if saved is None else saved_ranks(saved)
+
+    def source(key: str) -> int:
+        return rank if ranks is None else source_rank(key, rank, ranks, world_size)
+
+    return _expand(state_dict, "", source)
 
 
 def collect_per_rank(state_dict: dict[str, Any], loaded: Mapping[str, Any]) -> None:
@@ -61,9 +78,16 @@ def saved_ranks(keys: Iterable[str]) -> dict[str, set[int]]:
     return ranks
 
 
-def source_rank(key: str, rank: int, ranks: Mapping[str, set[int]]) -> int:
+def source_rank(key: str, rank: int, ranks: Mapping[str, set[int]], world_size: int) -> int:
     """The rank to take `key` from. `rank` itself where no rank saved it: restoring then reports the missing key."""
     saved = sorted(ranks.get(key, {rank}))
+    if rank == 0 and saved[-1] >= world_size:
+        gone = [other for other in saved if other >= world_size]
+        warnings.warn(
+            f"{key!r} was saved by {len(saved)} ranks, and {world_size} restore it: what the {len(gone)} from rank "
+            f"{gone[0]} on had stays in the checkpoint",
+            stacklevel=4,
+        )
     if rank in saved:
         return rank
     source = saved[rank % len(saved)]
@@ -73,14 +97,13 @@ def source_rank(key: str, rank: int, ranks: Mapping[str, set[int]]) -> int:
     return source
 
 
-def _expand(node: Mapping[str, Any], prefix: str, rank: int, ranks: Mapping[str, set[int]] | None) -> dict[str, Any]:
+def _expand(node: Mapping[str, Any], prefix: str, source: Callable[[str], int]) -> dict[str, Any]:
     expanded: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, PerRank):
-            source = rank if ranks is None else source_rank(f"{prefix}{key}", rank, ranks)
-            expanded[f"{key}/rank_{source}"] = value.value
+            expanded[f"{key}/rank_{source(f'{prefix}{key}')}"] = value.value
         elif isinstance(value, Mapping) and _holds_per_rank(value):
-            expanded[key] = _expand(value, f"{prefix}{key}.", rank, ranks)
+            expanded[key] = _expand(value, f"{prefix}{key}.", source)
         else:
             expanded[key] = value
     return expanded

@@ -30,7 +30,7 @@ def for_save(state: State, rank: int) -> StateDict:
     return expand_per_rank({k: v if type(v) in values else _state_dict(v) for k, v in state.items()}, rank)
 
 
-def for_restore(state: State, saved: SavedKeys, rank: int) -> StateDict:
+def for_restore(state: State, saved: SavedKeys, rank: int, world_size: int) -> StateDict:
     """What to read a checkpoint into. saved: its keys; they decide which ranks' values are there to take."""
     if isinstance(state, TrainState):
         return state.target_state_dict(saved)
@@ -42,7 +42,7 @@ def for_restore(state: State, saved: SavedKeys, rank: int) -> StateDict:
             target[key] = value.target_state_dict(below)
         else:
             target[key] = _state_dict(value)
-    return expand_per_rank(target, rank, saved)
+    return expand_per_rank(target, rank, saved, world_size)
 
 
 def num_bytes_of(state: State, rank: int) -> int | None:

@@ -156,7 +156,7 @@ class TrainState:
         )
         ranks, rank = saved_ranks(saved), _rank()
         for base in self._per_rank & {key.partition("/")[0] for key in target}:
-            target[f"{base}/rank_{source_rank(base, rank, ranks)}"] = target.pop(f"{base}/rank_{rank}")
+            target[f"{base}/rank_{source_rank(base, rank, ranks, _world_size())}"] = target.pop(f"{base}/rank_{rank}")
         if self._model is not None:
             self._model.fit(target["model"], saved, "model.")
         for key in target:
@@ -220,13 +220,17 @@ def _fit_to_groups(scheduler: Any, *, always: bool) -> None:
     for attribute, option in (("base_lrs", "initial_lr"), ("_last_lr", "lr")):
         kept = getattr(scheduler, attribute, None)
         if isinstance(kept, list) and (always or len(kept) != len(groups)) and all(option in group for group in groups):
-            setattr(scheduler, attribute, [copy.copy(group[option]) for group in groups])
+            setattr(scheduler, attribute, [copy.deepcopy(group[option]) for group in groups])
     for part in getattr(scheduler, "_schedulers", ()):
         _fit_to_groups(part, always=always)
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _part(state: Mapping[str, Any], key: str) -> Any:

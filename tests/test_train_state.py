@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -375,7 +375,7 @@ def test_data_that_became_shorter_is_an_error(tmp_path):
     """The consumed batches are not there to skip."""
     first = Run().steps(5)
     load = through_memory(first.state, tmp_path)
-    second = Run(make_loader=lambda: DataLoader(Noisy(), batch_size=11, shuffle=True))
+    second = Run(make_loader=lambda: DataLoader(Subset(Noisy(), range(11)), batch_size=4, shuffle=True))
     load(second.state)
     with pytest.raises(StateMismatchError, match="5 batches"):
         next(second.state.batches())
@@ -408,15 +408,49 @@ def test_a_stateful_loader_that_was_never_iterated_is_not_started_by_a_save():
     assert bits(torch.get_rng_state()) == before
 
 
-def test_another_number_of_replicas_goes_on_at_the_same_share_of_the_epoch(tmp_path):
-    """Two ranks consumed three batches each; one rank has six behind it, of the same samples."""
-    first = Run(make_loader=lambda: distributed_loader(0, 2)).steps(3)
+def divided_loader(kind, replicas, size):
+    """Rank 0's, over samples in an order that is the same for any division."""
+    sampler = DistributedSampler(Noisy(), num_replicas=replicas, rank=0, shuffle=True, seed=3)
+    return kind(Noisy(), batch_size=size, sampler=sampler)
+
+
+ORDER = list(DistributedSampler(Noisy(), num_replicas=1, rank=0, seed=3))
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize(
+    ("saved", "steps", "found", "position"),
+    [
+        ((2, 2), 3, (1, 2), 6),  # two ranks consumed three batches each; one has six behind it, of the same samples
+        ((1, 2), 3, (2, 2), 1),  # one and a half would be right: two samples come twice
+        ((4, 2), 2, (2, 4), 2),  # the batch over all ranks stays what it was
+        ((1, 4), 2, (1, 2), 4),
+        ((2, 4), 3, (1, 4), 6),  # the epoch is over, its last batches were not full
+    ],
+)
+def test_data_divided_anew_goes_on_after_as_many_samples(kind, saved, steps, found, position, tmp_path):
+    """Another number of replicas, another batch size, or both; also of a loader that keeps a state of its own."""
+    first = Run(make_loader=lambda: divided_loader(kind, *saved)).steps(steps)
     load = through_memory(first.state, tmp_path)
-    alone = Run(make_loader=lambda: distributed_loader(0, 1), seed_value=1234)
-    with pytest.warns(UserWarning, match="goes on at batch 6"):
-        load(alone.state)
-    order = list(DistributedSampler(Noisy(), num_replicas=1, rank=0, seed=3))
-    assert samples(alone, 4) == [order[12:14]]
+    second = Run(make_loader=lambda: divided_loader(kind, *found), seed_value=1234)
+    with pytest.warns(UserWarning, match=f"epoch 0 goes on at batch {position}"):
+        load(second.state)
+    replicas, size = found
+    seen = [index for index, _ in second.state.batches(epochs=2)]
+    rest = ORDER[position * replicas * size :][::replicas]
+    assert [row.tolist() for row in seen[: -len(second.loader)]] == [
+        rest[i : i + size] for i in range(0, len(rest), size)
+    ]
+    assert torch.cat(seen[-len(second.loader) :]).tolist() == list(second.loader.sampler)  # the next epoch, in full
+
+
+def test_a_stateful_loader_of_another_division_that_goes_its_own_way_is_warned_about(tmp_path):
+    """Its state counts batches of a rank, and no more is known."""
+    first = Run(make_loader=lambda: divided_loader(StatefulDataLoader, 2, 2))
+    first.steps(3, iter(first.loader))
+    load = through_memory(first.state, tmp_path)
+    with pytest.warns(UserWarning, match="samples may be left out or come twice"):
+        load(Run(make_loader=lambda: divided_loader(StatefulDataLoader, 1, 2)).state)
 
 
 # -- optimizers and schedulers
