@@ -23,7 +23,10 @@ _TIMEOUT_S = 60.0  # of a test's own waits: far beyond any that succeeds
 # costs 5 s by default (seen in one connection of twelve).
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.fsdp", "numpy", "pytest", "asyncckpt"])
+_forks.set_forkserver_preload(
+    # torch._dynamo: the first optimizer of a process imports it, 0.8 s of CPU
+    ["torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "numpy", "pytest", "asyncckpt"]
+)
 
 
 class Job:

@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
-from asyncckpt import CheckpointManager, PerRank, ShardReader, ShardWriter
+from asyncckpt import CheckpointManager, PerRank, ShardReader, ShardWriter, TrainState
 from asyncckpt.chunks import payload_bytes_of
 from asyncckpt.manifest import Manifest, decode_manifest
 from tests.crew import Crew
 from tests.layouts import own, parts, state_of, target_of, whole
-from tests.parallel_runs import KINDS, SAVED_STEP, Run, resume, run_and_save
 from tests.processes import Link
 from tests.states import assert_same, target_like, tensor_of
 
@@ -77,8 +78,10 @@ def test_what_four_ranks_saved_four_ranks_restore(four: Crew, saved_by_four: pat
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_four_ranks_saved_two_ranks_restore(two: Crew, saved_by_four: pathlib.Path, turned: bool) -> None:
-    """Ranks 2 and 3 are gone, and their own values with them."""
-    assert two.run(restore_layouts, str(saved_by_four), 3, turned, 4) == [[]] * 2
+    """Ranks 2 and 3 are gone; their own values stay where they are, and rank 0 says so."""
+    warned = two.run(restore_layouts, str(saved_by_four), 3, turned, 4)
+    assert [len(messages) for messages in warned] == [1, 0]
+    assert "'mine' was saved by 4 ranks, and 2 restore it" in warned[0][0]
 
 
 def test_what_two_ranks_saved_four_ranks_restore(two: Crew, four: Crew, tmp_path: pathlib.Path) -> None:
@@ -110,7 +113,8 @@ def test_what_four_ranks_saved_one_process_restores(saved_by_four: pathlib.Path)
     target = one_target() | {"mine": PerRank(target_like(own(0, 0)))}
     with CheckpointManager(str(saved_by_four), 1) as manager:
         manager.verify(1)
-        manager.restore(1, target, strict=True)
+        with pytest.warns(UserWarning, match="'mine' was saved by 4 ranks, and 1 restore it"):
+            manager.restore(1, target, strict=True)
     assert_same(own(3, 0), target.pop("mine").value)
     assert_same(one_truth(3), target)
 
@@ -192,48 +196,91 @@ def test_replicas_are_written_once_and_every_rank_writes_its_own_files(saved_by_
         assert {chunk.file for chunk in chunks if chunk.key == f"mine/rank_{rank}.draws"} == {f"__{rank}_0.distcp"}
 
 
-# -- training runs
+# -- what each rank has for itself
 
 
-@pytest.fixture(scope="module")
-def runs(four: Crew, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[Any]]]:
-    """{kind: (path of the run on four ranks, what each rank saw)}."""
-    path = tmp_path_factory.mktemp("runs")
-    return {kind: (str(path / kind), four.run(run_and_save, kind, str(path / kind))) for kind in KINDS}
+class OwnRun:
+    """A TrainState whose parts all differ by rank: random streams, data, a value and an object."""
+
+    def __init__(self, rank: int, seed: int) -> None:
+        torch.manual_seed(seed + rank)
+        sampler = DistributedSampler(range(48), shuffle=True, seed=3)  # among as many as there are ranks
+        self.host, self.seen = PerRank(f"host {seed + rank}"), PerRank(Seen())
+        self.state = TrainState(
+            dataloader=DataLoader(range(48), batch_size=2, sampler=sampler), host=self.host, seen=self.seen
+        )  # fmt: skip
+
+    def step(self) -> None:
+        self.seen.value.samples += next(self.state.batches()).tolist()
+        self.state.step += 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_on_from_a_checkpoint_as_if_never_interrupted(four: Crew, runs: Any, kind: str) -> None:
-    """Parameters, moments, schedule and the random numbers of each rank."""
-    path, seen = runs[kind]
-    for rank, (_, step, end, drawn) in enumerate(four.run(resume, kind, path)):
-        expected_end, expected_drawn = seen[rank]
-        assert step == SAVED_STEP + 1
-        assert end == expected_end
-        assert drawn == expected_drawn[step:]
+class Seen:
+    def __init__(self) -> None:
+        self.samples: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples = state["samples"]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_four_ranks_is_restored_without_a_process_group(four: Crew, runs: Any, kind: str) -> None:
-    """Into a plain model and optimizer, the same bits."""
-    path, _ = runs[kind]
-    run = Run("whole", seed=50)
-    with CheckpointManager(path, 1) as manager:
-        manager.restore(SAVED_STEP, run.state, strict=True)
-    restored, *_ = four.run(resume, kind, path)[0]
-    assert run.digest() == restored
+def save_own(link: Link, path: str) -> Any:
+    """After three batches: (what this rank has, its next random number)."""
+    run = OwnRun(link.rank, seed=10)
+    for _ in range(3):
+        run.step()
+    with CheckpointManager(path) as manager:
+        manager.save(2, run.state)
+    return (run.host.value, run.seen.value.samples), torch.rand(()).item()
 
 
-@pytest.mark.parametrize(("kind", "num_ranks"), [("hsdp", 4), ("fsdp+tp", 4), ("fsdp", 2), ("ddp", 2)])
-def test_an_fsdp_run_is_restored_under_any_parallelism(
-    four: Crew, two: Crew, runs: Any, kind: str, num_ranks: int
+def restore_own(link: Link, path: str) -> Any:
+    """(what this rank got, its next random number, its next batch, what was warned of)."""
+    run = OwnRun(link.rank, seed=50)
+    with warnings.catch_warnings(record=True) as warned, CheckpointManager(path) as manager:
+        warnings.simplefilter("always")
+        assert manager.restore_latest(run.state) == 2
+    drawn, got = torch.rand(()).item(), (run.host.value, list(run.seen.value.samples))
+    run.step()
+    return got, drawn, run.seen.value.samples[-2:], [str(warning.message) for warning in warned]
+
+
+def order(num_ranks: int, rank: int) -> list[int]:
+    return list(DistributedSampler(range(48), num_ranks, rank, shuffle=True, seed=3))
+
+
+def test_values_of_ranks_that_are_gone_stay_in_the_checkpoint(four: Crew, two: Crew, tmp_path: pathlib.Path) -> None:
+    """Four to two: each rank has its own, rank 0 says what is left, and the data goes on after as many samples."""
+    saved = four.run(save_own, str(tmp_path))
+    for rank, (got, drawn, batch, warned) in enumerate(two.run(restore_own, str(tmp_path))):
+        assert (got, drawn) == saved[rank]
+        assert batch == order(2, rank)[12:14]
+        left = [text for text in warned if "what the 2 from rank 2 on had stays in the checkpoint" in text]
+        assert sorted(text.split("'")[1] for text in left) == (
+            ["dataloader", "host", "rng", "seen"] if rank == 0 else []
+        )
+        assert len(warned) == len(left) + 1
+    # Nothing was lost by it: four ranks find all that they had.
+    for rank, (got, drawn, batch, warned) in enumerate(four.run(restore_own, str(tmp_path))):
+        assert (got, drawn, batch, warned) == (*saved[rank], order(4, rank)[6:8], [])
+
+
+def test_ranks_that_were_not_there_take_turns_with_those_that_were(
+    four: Crew, two: Crew, tmp_path: pathlib.Path
 ) -> None:
-    """On as many ranks or fewer, the same bits."""
-    path, _ = runs["fsdp"]
-    expected, *_ = four.run(resume, "fsdp", path)[0]
-    for restored, *_ in {4: four, 2: two}[num_ranks].run(resume, kind, path):
-        assert restored == expected
+    """Two to four, in words; but no two ranks draw the same random numbers, or get the same data."""
+    saved = two.run(save_own, str(tmp_path))
+    found = four.run(restore_own, str(tmp_path))
+    assert [got for got, *_ in found] == [saved[rank % 2][0] for rank in range(4)]
+    assert [drawn for _, drawn, *_ in found[:2]] == [drawn for _, drawn in saved]
+    assert len({drawn for _, drawn, *_ in found}) == 4
+    for rank, (_, _, batch, warned) in enumerate(found):
+        assert batch == order(4, rank)[2:4]
+        assert "epoch 0 goes on at batch 1" in warned[-1]
+        assert len(warned) == (1 if rank < 2 else 5)
+        assert all(f"rank {rank} was not there and takes rank {rank - 2}'s" in text for text in warned[:-1])
 
 
 # -- elsewhere
