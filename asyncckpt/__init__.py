@@ -19,7 +19,9 @@ General layout, in the order in which a save passes through it (each module impo
     shard_layout, objects             where items lie in files; what may be saved
     global_plan, plan                 who writes what: rank 0's decision, and how the ranks come to it
     shard                             items to bytes
-    read, read_items, read_whole      and back: ranges of files; load plans; what needs no plan
+    read, read_items                  and back: ranges of files; load plans
+    boxes, read_whole                 which chunks make up a rank's part of a tensor; what needs no plan
+    sharing, read_once                which rank reads what several want; and passes it on
     restore, save, verify             one step; `save` is the writer thread's half of a manager
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names

@@ -81,6 +81,8 @@ class CheckpointManager:
     save_planner, load_planner: DCP planners in place of the default ones; copied for each use.
     safe_globals: classes that objects in a checkpoint may be made of, besides those torch's `weights_only` allows.
     timeout: seconds for which ranks wait for each other in any phase.
+    read_once: on restore, what several ranks want alike is read by one of them and passed on to the others: for storage
+        that is slower than the network between ranks. Rank 0's word counts.
 
     Raises ValueError for wrong arguments, CheckpointError if the path cannot be listed. Source of the first seven
     arguments and their meaning: torch_xla.experimental.distributed_checkpoint.CheckpointManager.
@@ -108,6 +110,7 @@ class CheckpointManager:
         safe_globals: Iterable[Any] = (),
         timeout: float = 600.0,
         grace_period: float | None = None,
+        read_once: bool = False,
     ) -> None:
         check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout, grace_period)
         self._storage = open_storage(path, storage_options, num_threads=num_of_threads, transfer=transfer)
@@ -132,6 +135,7 @@ class CheckpointManager:
                 self._storage, self._ranks, self._index, kept, self._emit, timeout, self._writer.pause
             )  # fmt: skip
             self._list_steps()
+            self._read_once = bool(self._ranks.agree([read_once], phase="construct")[0][0])
         except BaseException:
             self._uninstall_sigterm()
             raise
@@ -590,7 +594,7 @@ class CheckpointManager:
     def _read(self, step: int, state: TrainState | dict[str, Any], restoring: Restoring) -> tuple[int, None]:
         """(bytes read, or -1: another run saved the step anew and deleted the files we were reading)."""
         try:
-            num_bytes = read(self._storage, restoring, self._ranks)
+            num_bytes = read(self._storage, restoring, self._ranks, read_once=self._read_once)
         except DamagedStepError as exc:
             if isinstance(exc.__cause__, FileNotFoundError) and self._open(step).sequence != restoring.step.sequence:
                 return -1, None
@@ -601,6 +605,8 @@ class CheckpointManager:
                 "before training on.",
                 step=step, url=self.url,
             ) from exc  # fmt: skip
+        if num_bytes is None:  # its error comes with the agreement
+            return 0, None
         take_restored(state, restoring.target)
         return num_bytes, None
 

@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore
@@ -205,6 +207,44 @@ class Ranks:
         with self._phase(phase):
             dist.broadcast_object_list(carrier, group=self._group, group_src=0)
         return carrier[0]
+
+    def gather_numbers(self, values: npt.NDArray[np.int64], *, phase: str) -> list[npt.NDArray[np.int64]]:
+        """Every rank's `values`, int64 and as many as it has, by rank. Two messages; of one length for all."""
+        lengths = [length for (length,) in self.agree([len(values)], phase=phase)]
+        mine = torch.zeros(max(lengths), dtype=torch.int64, device="cpu")
+        mine[: len(values)] = torch.from_numpy(values)
+        theirs = [torch.empty_like(mine) for _ in lengths]
+        if len(mine):
+            with self._phase(phase):
+                dist.all_gather(theirs, mine, group=self._group)
+        return [numbers[:length].numpy() for numbers, length in zip(theirs, lengths, strict=True)]
+
+    def pass_on(
+        self, letters: Sequence[tuple[Sequence[int], memoryview]], arrived: Callable[[int], None], *, phase: str
+    ) -> None:
+        """Bring each letter, (ranks, memory), from the first of its ranks to the others, who help to spread it.
+
+        A collective call. Every rank gives the letters that name it, in an order that all follow. Bytes go from memory
+        to memory, which must stay as it is until this returns. arrived: called with a letter's place here as soon as
+        its bytes are, in order; must not raise.
+        """
+        timeout = timedelta(seconds=self.timeout_s)  # to be given: that of the group is not for these
+        with self._phase(phase):
+            routes = [_route(ranks, self.rank) for ranks, _ in letters]
+            tensors = [torch.frombuffer(memory, dtype=torch.uint8) for _, memory in letters]
+            awaited = [
+                None if source is None else dist.irecv(tensor, group=self._group, group_src=source)
+                for tensor, (source, _) in zip(tensors, routes, strict=True)
+            ]
+            sent: list[Any] = []
+            for number, (tensor, (_, targets)) in enumerate(zip(tensors, routes, strict=True)):
+                if (work := awaited[number]) is not None:
+                    work.wait(timeout)
+                sent += [dist.isend(tensor, group=self._group, group_dst=target) for target in targets]
+                if work is not None:
+                    arrived(number)
+            for work in sent:
+                work.wait(timeout)
 
     @contextmanager
     def _phase(self, phase: str) -> Iterator[None]:
@@ -465,6 +505,18 @@ def _framed(parts: Sequence[bytes]) -> bytes:
 
 def _portions(names: list[str]) -> list[list[str]]:
     return [names[start : start + _KEYS_AT_ONCE] for start in range(0, len(names), _KEYS_AT_ONCE)]
+
+
+def _route(ranks: Sequence[int], rank: int) -> tuple[int | None, list[int]]:
+    """Whom a rank gets a letter from, and to whom it passes it on. With each step twice as many have it."""
+    place = ranks.index(rank)
+    step = 1 << place.bit_length()  # the first in which this place sends
+    source = ranks[place - step // 2] if place else None
+    targets = []
+    while place + step < len(ranks):
+        targets.append(ranks[place + step])
+        step *= 2
+    return source, targets
 
 
 def _phase_code(phase: str) -> int:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from asyncckpt.chunks import Numbers
 from asyncckpt.errors import DamagedStepError, RestoreError
 from asyncckpt.framing import BLOCK_BYTES, Layout, crc32
 from asyncckpt.parallel import for_each
@@ -29,7 +32,7 @@ RUN_BYTES = 4 * 1024 * 1024
 BATCH_BYTES = 16 * 1024 * 1024
 """Of buffers lent to one call of storage; with READ_THREADS it bounds their memory."""
 READ_THREADS = 4
-_PAGE_BYTES = 4096
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +52,8 @@ class Read:
     device: torch.device | None = None
 
 
-def carry_out(storage: Storage, reads: Iterable[Read]) -> None:
-    """Returns, or raises, when no thread is left that writes into a view or calls a `take`.
+def carry_out(storage: Storage, reads: Iterable[Read]) -> int:
+    """The bytes read. Returns, or raises, when no thread is left that writes into a view or calls a `take`.
 
     Raises what a `take` raises; DamagedStepError for a file that is missing or too short; OSError.
     """
@@ -58,18 +61,30 @@ def carry_out(storage: Storage, reads: Iterable[Read]) -> None:
     devices = {read.device for read in reads if read.device is not None and read.device.type != "cpu"}
     ends = threading.Event()
     spare: deque[memoryview] = deque()  # buffers: touching fresh memory costs more than filling it
-    _synchronize(devices)  # kernels on any stream may still use what is about to be overwritten
+    synchronize(devices)  # kernels on any stream may still use what is about to be overwritten
 
-    def read_batch(batch: list[Read]) -> None:
+    def read_one(batch: list[Read]) -> None:
         buffer = spare.pop() if spare else memoryview(b"")
         needed = _buffer_bytes(batch)
         if needed > len(buffer):
-            buffer = _new_buffer(needed, next(iter(devices), None))
-        _read_batch(storage, batch, buffer, ends)
-        _synchronize(devices)
+            buffer = new_buffer(needed, next(iter(devices), None))
+        read_batch(storage, batch, buffer, ends)
+        synchronize(devices)
         spare.append(buffer)
 
-    for_each(read_batch, _batches(reads), READ_THREADS, ends)
+    for_each(read_one, _batches(reads), READ_THREADS, ends)
+    return sum(read.size for read in reads)
+
+
+def starts_run(file: Numbers, start: Numbers, size: Numbers) -> npt.NDArray[np.bool_]:
+    """Of small payloads in the order of the files: which do not come in one read with the one before."""
+    starts = np.ones(len(file), np.bool_)
+    starts[1:] = (
+        (file[1:] != file[:-1])
+        | (start[1:] - (start + size)[:-1] > COALESCE_GAP_BYTES)
+        | (start[1:] // RUN_BYTES != start[:-1] // RUN_BYTES)
+    )
+    return starts
 
 
 def direct_reads(
@@ -146,26 +161,26 @@ def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
 
 
 def _buffer_bytes(batch: Sequence[Read]) -> int:
-    return sum(read.size + 2 * _PAGE_BYTES for read in batch if read.view is None)
+    return sum(read.size + 2 * PAGE_BYTES for read in batch if read.view is None)
 
 
-def _new_buffer(size: int, device: torch.device | None) -> memoryview:
+def new_buffer(size: int, device: torch.device | None) -> memoryview:
     """Memory that starts on a page; page-locked, from torch's own pool, where it is for an accelerator."""
     # The current device is per thread; without it each rank opens a context on GPU 0.
     with torch.accelerator.device_index(device.index) if device else nullcontext():
-        memory = torch.empty(size + _PAGE_BYTES, dtype=torch.uint8, pin_memory=device is not None)
-    start = -memory.data_ptr() % _PAGE_BYTES
+        memory = torch.empty(size + PAGE_BYTES, dtype=torch.uint8, pin_memory=device is not None)
+    start = -memory.data_ptr() % PAGE_BYTES
     return payload_view(memory[start : start + size])
 
 
-def _read_batch(storage: Storage, batch: Sequence[Read], buffer: memoryview, ends: threading.Event) -> None:
+def read_batch(storage: Storage, batch: Sequence[Read], buffer: memoryview, ends: threading.Event) -> None:
     views: list[memoryview] = []
     at = 0
     for read in batch:
         if read.view is None:
             # As far from the start of a page as in the file: with an address a few bytes further the kernel's copy out
             # of the page cache was seen to be four times slower (AMD EPYC, "rep movsb").
-            at += (read.offset - at) % _PAGE_BYTES
+            at += (read.offset - at) % PAGE_BYTES
             views.append(buffer[at : at + read.size])
             at += read.size
         else:
@@ -187,6 +202,6 @@ def _read_batch(storage: Storage, batch: Sequence[Read], buffer: memoryview, end
         ) from exc
 
 
-def _synchronize(devices: Iterable[torch.device]) -> None:
+def synchronize(devices: Iterable[torch.device]) -> None:
     for device in devices:
         torch.accelerator.synchronize(device)

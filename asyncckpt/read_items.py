@@ -68,14 +68,14 @@ def read_items(
     """
     fetches = list(_fetches(folder, where, items, planner))
     objects: list[tuple[ReadItem, bytes]] = []
-    carry_out(storage, _reads(storage.url, fetches, objects))
+    num_bytes = carry_out(storage, _reads(storage.url, fetches, objects))
     for item, data in objects:
         planner.load_bytes(item, io.BytesIO(data))
     for fetch in fetches:
         for item, target in fetch.items:
             if target is not None:
                 planner.commit_tensor(item, target)
-    return sum(fetch.size for fetch in fetches)
+    return num_bytes
 
 
 def _fetches(

@@ -27,13 +27,13 @@ from asyncckpt.local_file import address_of
 from asyncckpt.manifest import Manifest
 from asyncckpt.read import (
     COALESCE_GAP_BYTES,
-    RUN_BYTES,
     Read,
     carry_out,
     direct_reads,
     flat_bytes,
     has_strides,
     payload_tensor,
+    starts_run,
     upload_reads,
     verify,
 )
@@ -119,16 +119,21 @@ def find_whole(manifest: Manifest, keys: Keys, wanted: Mapping[str, Any]) -> tup
     ), rest  # fmt: skip
 
 
-def read_whole(storage: Storage, folder: str, whole: Whole) -> tuple[int, dict[str, bytes]]:
+def read_whole(storage: Storage, folder: str, whole: Whole, but: Numbers | None = None) -> tuple[int, dict[str, bytes]]:
     """Read into the tensors; the bytes read, and {key: the item of an object}. Raises what `carry_out` does.
 
-    `folder` is what the files' names are relative to. Tensors may be partly overwritten when this raises.
+    `folder` is what the files' names are relative to. but: positions to leave out. Tensors may be partly overwritten
+    when this raises.
     """
     objects: dict[str, bytes] = {}
-    at_once, one_by_one = _without_clashes(whole)
-    for positions in at_once, *one_by_one:
-        carry_out(storage, _reads(storage.url, folder, whole, positions, objects))
-    return int(whole.size.sum()), objects
+    at_once, one_by_one = without_clashes(whole)
+    if but is not None:
+        at_once = np.setdiff1d(at_once, but)
+    num_bytes = sum(
+        carry_out(storage, reads_of(storage.url, folder, whole, positions, objects))
+        for positions in (at_once, *one_by_one)
+    )
+    return num_bytes, objects
 
 
 def _whole_chunks(chunks: ChunkTable, keys: Keys) -> dict[str, int]:
@@ -171,7 +176,7 @@ def _reach_in(place: Placement) -> Callable[[int, torch.Tensor], int]:
     return reach
 
 
-def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
+def without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
     """Positions that may be read at once; and those, each alone and in their order, whose targets share memory with
     others: tied tensors that were not tied when they were saved. Those that were are read once; empty ones never."""
     used = np.flatnonzero(whole.size)
@@ -191,7 +196,7 @@ def _without_clashes(whole: Whole) -> tuple[Numbers, list[Numbers]]:
     return used[is_alone], [np.array([position]) for position in sorted(used[~is_alone].tolist())]
 
 
-def _reads(url: str, folder: str, whole: Whole, positions: Numbers, objects: dict[str, bytes]) -> Iterator[Read]:
+def reads_of(url: str, folder: str, whole: Whole, positions: Numbers, objects: dict[str, bytes]) -> Iterator[Read]:
     files, chunks = whole.chunks.placement.files, whole.chunks
     is_large = (whole.size[positions] > COALESCE_GAP_BYTES) & whole.is_direct[positions]
     for position in positions[is_large].tolist():
@@ -210,14 +215,8 @@ def _runs(whole: Whole, positions: Numbers) -> list[Numbers]:
     if not len(positions):
         return []
     positions = positions[np.lexsort((whole.start[positions], whole.file[positions]))]
-    file, start = whole.file[positions], whole.start[positions]
-    end = start + whole.size[positions]
-    is_first = (
-        (file[1:] != file[:-1])
-        | (start[1:] - end[:-1] > COALESCE_GAP_BYTES)
-        | (start[1:] // RUN_BYTES != start[:-1] // RUN_BYTES)
-    )
-    return np.split(positions, np.flatnonzero(is_first) + 1)
+    starts = starts_run(whole.file[positions], whole.start[positions], whole.size[positions])
+    return np.split(positions, np.flatnonzero(starts)[1:])
 
 
 def _read_of(url: str, path: str, whole: Whole, run: Numbers, objects: dict[str, bytes]) -> Read:

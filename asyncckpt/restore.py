@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.tensor import DTensor
 
+from asyncckpt.boxes import PLAIN
 from asyncckpt.chunks import Chunk, Key, Keys, keys_of
 from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
 from asyncckpt.errors import DamagedStepError, RestoreError, StateMismatchError, StepNotFoundError
@@ -39,7 +40,8 @@ from asyncckpt.per_rank import saved_ranks
 from asyncckpt.plan import Leaf, leaves
 from asyncckpt.ranks import Ranks
 from asyncckpt.read_items import read_items
-from asyncckpt.read_whole import PLAIN, Whole, find_whole, read_whole
+from asyncckpt.read_once import read_shared
+from asyncckpt.read_whole import Whole, find_whole, read_whole
 from asyncckpt.steps import DCP_METADATA, StepFiles, read_step_files
 from asyncckpt.storage import Storage
 
@@ -202,17 +204,24 @@ def prepare(
     return Restoring(step, target, _unasked(step.keys, targets), targets, whole, planned, safe_globals)
 
 
-def read(storage: Storage, restoring: Restoring, ranks: Ranks) -> int:
-    """Read into the tensors and containers of the target; bytes read. A collective call where the user's planner has a
-    global plan of its own. DamagedStepError and OSError: the target may be half overwritten."""
-    num_bytes, folder = 0, restoring.step.data_folder
+def read(storage: Storage, restoring: Restoring, ranks: Ranks, *, read_once: bool) -> int | None:
+    """Read into the tensors and containers of the target; the bytes that this rank took from storage. A collective call
+    with `read_once`, and where the user's planner has a global plan of its own. None: with `read_once` another rank
+    failed. Then, and with DamagedStepError and OSError, the target may be half overwritten."""
+    num_bytes, folder, whole = 0, restoring.step.data_folder, restoring.whole
+    done, objects = None, dict[str, bytes]()
+    if read_once and whole is not None and ranks.world_size > 1:  # first: other ranks wait for it
+        shared = read_shared(storage, folder, whole, ranks)
+        if shared is None:
+            return None
+        num_bytes, done, objects = shared.num_bytes, shared.positions, shared.objects
     if (planned := restoring.planned) is not None:
         plan = _exchange(planned.planner, planned.plan, ranks)
         num_bytes += read_items(storage, folder, planned.where, plan.items, planned.reader)
-    if restoring.whole is not None:
-        whole_bytes, objects = read_whole(storage, folder, restoring.whole)
+    if whole is not None:
+        whole_bytes, own_objects = read_whole(storage, folder, whole, done)
         num_bytes += whole_bytes
-        for fqn, data in objects.items():
+        for fqn, data in (objects | own_objects).items():
             leaf = restoring.leaves[fqn]
             leaf.container[leaf.key] = load_object(data, restoring.safe_globals, fqn)
     return num_bytes

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from asyncckpt.errors import CheckpointError
-from asyncckpt.ranks import Ranks
+from asyncckpt.ranks import Ranks, _route
 from tests.processes import Job, Link
 
 LARGE = 9 << 20  # TCPStore refuses a single value of this size
@@ -183,7 +185,95 @@ def test_a_part_of_the_world_is_a_world_of_its_own() -> None:
     assert results == [None, [0, [[1], [3]], b"\1\3"] * 20 + [1], None, [1, [[1], [3]], b"\1\3"] * 20 + [1]]
 
 
+# -- numbers and letters
+
+
+def exchange_numbers(link: Link) -> list[Any]:
+    ranks = Ranks.join()
+    rounds = [[1000 * link.rank] * (5 * link.rank), [2**62] if link.rank == 2 else [], []]
+    return [[found.tolist() for found in ranks.gather_numbers(np.array(mine, np.int64), phase="x")] for mine in rounds]
+
+
+def test_numbers_come_to_all_ranks_however_many_each_has() -> None:
+    """Also none on some, and none on any."""
+    with Job(3, exchange_numbers) as job:
+        results = job.results()
+    assert results == [[[[], [1000] * 5, [2000] * 10], [[], [], [2**62]], [[], [], []]]] * 3
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8, 13])
+def test_a_letter_reaches_every_rank_once_in_few_steps(num_ranks: int) -> None:
+    """From one that has it; as many steps as it takes to double one to all."""
+    ranks = random.Random(num_ranks).sample(range(100), num_ranks)
+    routes = {rank: _route(ranks, rank) for rank in ranks}
+    assert routes[ranks[0]][0] is None
+    assert sorted(target for _, targets in routes.values() for target in targets) == sorted(ranks[1:])
+    for rank in ranks:
+        steps, at = 0, rank
+        while (source := routes[at][0]) is not None:
+            assert at in routes[source][1]
+            steps, at = steps + 1, source
+        assert steps <= (num_ranks - 1).bit_length()
+        assert len(routes[rank][1]) <= (num_ranks - 1).bit_length()
+
+
+LETTERS = [(0, 1, 2, 3, 4), (3, 1), (2, 4, 0), (4, 3, 2, 1, 0), (1, 3), (3, 1)]
+
+
+def pass_letters_on(link: Link) -> list[int]:
+    ranks = Ranks.join()
+    mine = [(number, to) for number, to in enumerate(LETTERS) if link.rank in to]
+    sizes = {number: 1 if number == 1 else 3_000_000 + number for number, _ in mine}
+    letters = [bytearray([number + 1] * sizes[number] if to[0] == link.rank else sizes[number]) for number, to in mine]
+    arrived: list[int] = []
+    together = [(to, memoryview(letter)) for (_, to), letter in zip(mine, letters, strict=True)]
+
+    def note(place: int) -> None:
+        assert letters[place][0] == letters[place][-1] == mine[place][0] + 1
+        arrived.append(mine[place][0])
+
+    ranks.pass_on(together, note, phase="letters")
+    for (number, _), letter in zip(mine, letters, strict=True):
+        assert letter == bytes([number + 1]) * sizes[number]
+    ranks.pass_on([], note, phase="no letters")
+    ranks.close()
+    return arrived
+
+
+def test_letters_go_from_memory_to_memory_of_all_they_name() -> None:
+    """Large and small ones, several between the same ranks, each to others."""
+    with Job(5, pass_letters_on) as job:
+        assert job.results() == [[2, 3], [0, 1, 3, 5], [0, 3], [0, 3, 4], [0, 2]]
+
+
 # -- what does not arrive
+
+
+def wait_for_a_letter(link: Link) -> str:
+    ranks = Ranks.join()
+    link.send()
+    ranks.timeout_s = link.receive()
+    letter = memoryview(bytearray(10_000_000))
+    if link.rank == 1:
+        link.receive()
+    message = failure(lambda: ranks.pass_on([((1, 0, 2), letter)], lambda place: None, phase="letters"))
+    return message + failure(lambda: ranks.agree([], phase="later"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, None])
+def test_a_letter_whose_sender_died_or_stays_away_is_an_error_on_those_who_wait(signum: int | None) -> None:
+    """It names the sender and the phase, at once or after the timeout; nothing later waits."""
+    with Job(3, wait_for_a_letter) as job:
+        for rank in range(3):
+            job.hear(rank)
+            job.tell(rank, 60.0 if signum else 2.0)
+        if signum:
+            job.signal(1, signum)
+        for rank in (0, 2):
+            message = job.result(rank)
+            assert "letters failed on rank" in message
+            assert "ranks [1] of 3 did not take part" in message
+            assert "cannot start later" in message
 
 
 def agree_until_someone_dies(link: Link) -> list[str]:
