@@ -16,6 +16,7 @@ from operator import is_
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
@@ -66,7 +67,7 @@ class ModuleState:
 
     def load(self, state: Mapping[str, Any]) -> None:
         strict = self._options.strict and not self._options.ignore_frozen_params
-        options = dataclasses.replace(self._options, strict=strict)
+        options = dataclasses.replace(_for_load(self._options), strict=strict)
         set_model_state_dict(self.module, dict(state), options=options)  # a copy, because DCP renames keys in it
 
 
@@ -123,15 +124,18 @@ class OptimizerState:
             _copy_into_live(ours, osd, tensors, kept)
             # DCP wants an entry for every parameter.
             osd["state"] = {n: {} for group in osd["param_groups"] for n in group["params"]} | osd["state"]
-        with _never_stepped(self.optimizer), _all_trainable(self.optimizer), _uncast(self.optimizer):
-            set_optimizer_state_dict(self._module, self.optimizer, dict(osd), options=self._options)
+        with _never_stepped(self.optimizer), _all_trainable(self.optimizer), uncast(self.optimizer):
+            set_optimizer_state_dict(self._module, self.optimizer, dict(osd), options=_for_load(self._options))
         for param, entry in self.optimizer.state.items():
             entry.update({k: v for k, v in live.get(param, {}).items() if k in entry and id(v) in kept})
         for group, before in zip(self.optimizer.param_groups, groups, strict=True):
-            for option, tensor in before.items():
-                if isinstance(tensor, torch.Tensor) and isinstance(group.get(option), torch.Tensor):
+            for option, value in before.items():
+                loaded = group.get(option)
+                if isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor):
                     with torch.no_grad():
-                        group[option] = tensor.copy_(group[option])
+                        group[option] = value.copy_(loaded)
+                elif isinstance(value, tuple) and isinstance(loaded, list):  # DCP's gathering makes lists of tuples
+                    group[option] = tuple(loaded)
 
     def _nested(self) -> dict[str, Any]:
         self._prime()
@@ -203,11 +207,36 @@ class OptimizerState:
         return [{} for _ in numbers]
 
 
+@contextlib.contextmanager
+def uncast(optimizer: Optimizer) -> Iterator[None]:
+    """Keep `load_state_dict` from casting state to the parameter's dtype: torch would round what an optimizer keeps in
+    float32 of a bfloat16 parameter. It alone knows what "step" must be."""
+    given: dict[str, Any] = {}
+    hook = optimizer.register_load_state_dict_pre_hook(lambda _, osd: given.update(osd))
+    try:
+        yield
+    finally:
+        hook.remove()
+    ids = chain.from_iterable(group["params"] for group in given.get("param_groups", ()))
+    for number, param in zip(ids, _params(optimizer), strict=False):
+        entry = optimizer.state.get(param, {})
+        for key, value in given["state"].get(number, {}).items():
+            cast = entry.get(key) if key != "step" else None
+            if isinstance(value, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
+                entry[key] = value.to(cast.device, copy=True)
+
+
 def _is_gathered(module: nn.Module, options: StateDictOptions) -> bool:
     """DCP makes new tensors of the module's: options that ask for it, or FSDP1."""
     if options.full_state_dict or options.cpu_offload:
         return True
     return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+
+
+def _for_load(options: StateDictOptions) -> StateDictOptions:
+    """With both options rank 0 alone has a state to load; unless it passes it on, DCP waits for the others forever."""
+    is_rank_0s = options.full_state_dict and options.cpu_offload and dist.is_available() and dist.is_initialized()
+    return dataclasses.replace(options, broadcast_from_rank0=options.broadcast_from_rank0 or is_rank_0s)
 
 
 @contextlib.contextmanager
@@ -234,24 +263,6 @@ def _all_trainable(optimizer: Optimizer) -> Iterator[None]:
     finally:
         for param in frozen:
             param.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _uncast(optimizer: Optimizer) -> Iterator[None]:
-    """Keep torch from casting state to the parameter's dtype: what it keeps in float32 of bfloat16 would be rounded."""
-    given: dict[str, Any] = {}
-    hook = optimizer.register_load_state_dict_pre_hook(lambda _, osd: given.update(osd))
-    try:
-        yield
-    finally:
-        hook.remove()
-    ids = chain.from_iterable(group["params"] for group in given.get("param_groups", ()))
-    for number, param in zip(ids, _params(optimizer), strict=False):
-        entry = optimizer.state.get(param, {})
-        for key, value in given["state"].get(number, {}).items():
-            cast = entry.get(key)
-            if isinstance(value, torch.Tensor) and isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
-                entry[key] = value.to(cast.device, copy=True)
 
 
 def _params(optimizer: Optimizer) -> list[torch.Tensor]:

@@ -7,12 +7,14 @@ and a plain nested dict with `PerRank` values anywhere. Called by manager.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
 
-from asyncckpt.named_state import SavedKeys
+from asyncckpt.named_state import SavedKeys, uncast
 from asyncckpt.per_rank import collect_per_rank, expand_per_rank
 from asyncckpt.train_state import TrainState
 from stagers import StateDict
@@ -63,7 +65,8 @@ def take_restored(state: State, target: StateDict) -> None:
     loaded = dict(target)
     for key, value in state.items():
         if _is_stateful(value):
-            value.load_state_dict(target[key])
+            with uncast(value) if isinstance(value, Optimizer) else nullcontext():
+                value.load_state_dict(target[key])
             loaded[key] = value
     collect_per_rank(state, loaded)
 

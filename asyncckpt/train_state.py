@@ -4,7 +4,7 @@ It says what the state is, by key, and puts it back in the right order; it reads
 [name] stands only if a list or dict of models, optimizers, ... was given:
 
     model          {[name.]fqn: tensor}                                      DCP's canonical names
-    optimizer      [name]: {"state": {fqn: {...}}, "param_groups": [...]}    DCP's, each optimizer by itself
+    optimizer      [name]: {"state": {fqn: {...}}, "param_groups": [...]}    DCP's, each optimizer by itself; or flat
     scheduler, scaler, progress, rng/rank_<k>, dataloader/rank_<k>           one object each (object_state.py)
     <registered>   an nn.Module: {fqn: tensor}; else {"tensors": {path: tensor}, "values": one object}
 
@@ -38,7 +38,9 @@ class TrainState:
     """Model, optimizer, scheduler, scaler, data position, random streams and progress of a run, saved as one.
 
     model, optimizer, scheduler, dataloader: one, a list, or a dict by name. options: for DCP's `get_state_dict` and
-    `set_state_dict`; strict=False also restores from a checkpoint that lacks parts of the model.
+    `set_state_dict`; strict=False also restores from a checkpoint that lacks parts of the model. Where ranks differ in
+    their parameters (stages of a pipeline, experts of single ranks), give flatten_optimizer_state_dict=True, so that no
+    rank's parameter groups are taken for another's; such a checkpoint is restored without the option, too.
     objects: what else has state_dict/load_state_dict, loaded back exactly as state_dict() gave it; and `PerRank`, for a
     value of this rank, or for such an object that each rank has for itself.
     step: the next step to run; the manager sets it at each save. epoch: set by `batches`, else the user's to set.
