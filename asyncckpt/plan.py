@@ -9,7 +9,7 @@ manager.py; writing is shard.py's job, reading restore.py's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -38,28 +38,32 @@ class Leaf(NamedTuple):
     key: Any
 
 
-def leaves(state_dict: Mapping[str, Any]) -> dict[str, Leaf]:
+def leaves(state_dict: Mapping[str, Any], whole: Container[str] = ()) -> dict[str, Leaf]:
     """{fqn: leaf} by the rules of DCP's `flatten_state_dict`, but keeping each leaf's own container and key: DCP turns
-    keys into str on the way, so that a value under an int key would be restored to a new key. ValueError: two leaves
-    have one fqn."""
-    return {fqn: leaf for fqn, (_, leaf) in _named(state_dict).items()}
+    keys into str on the way, so that a value under an int key would be restored to a new key. whole: fqns of containers
+    that are leaves all the same. ValueError: two leaves have one fqn."""
+    return {fqn: leaf for fqn, (_, leaf) in _named(state_dict, whole).items()}
 
 
-def _named(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Leaf]]:
+def _named(state_dict: Mapping[str, Any], whole: Container[str] = ()) -> dict[str, tuple[Path, Leaf]]:
     found: dict[str, tuple[Path, Leaf]] = {}
-    _collect(found, "", (), state_dict)
+    _collect(found, "", (), state_dict, whole)
     return found
 
 
-def _collect(found: dict[str, tuple[Path, Leaf]], prefix: str, path: Path, container: Any) -> None:
+def _collect(
+    found: dict[str, tuple[Path, Leaf]], prefix: str, path: Path, container: Any, whole: Container[str]
+) -> None:
     entries = container.items() if isinstance(container, Mapping) else enumerate(container)
     for key, value in entries:
         fqn = f"{prefix}{key!s}"
         # Tensors first: asking for a Mapping costs more than all the rest.
-        if not isinstance(value, torch.Tensor) and (
-            isinstance(value, Mapping) or (isinstance(value, list) and _is_split(value))
+        if (
+            not isinstance(value, torch.Tensor)
+            and (isinstance(value, Mapping) or (isinstance(value, list) and _is_split(value)))
+            and fqn not in whole
         ):
-            _collect(found, f"{fqn}.", (*path, key), value)
+            _collect(found, f"{fqn}.", (*path, key), value, whole)
         elif fqn in found:
             raise ValueError(
                 f"two values of the state dict flatten to the key {fqn!r}: checkpoint keys join the path with dots. "

@@ -186,8 +186,8 @@ def prepare(
 
     load_planner: a user's; it alone then decides about missing keys. Raises StateMismatchError.
     """
-    targets = leaves(target)
-    _compare(targets, step.keys, f"the checkpoint at {join(storage.url, step.folder)}", load_planner is None)
+    targets = leaves(target, objects_of(step._foreign))
+    compare(targets, step.keys, f"the checkpoint at {join(storage.url, step.folder)}", load_planner is None)
     whole, planned = None, None
     if load_planner is not None:
         planner = copy.copy(load_planner)
@@ -248,7 +248,15 @@ def _unasked(keys: Keys, targets: Mapping[str, Leaf]) -> tuple[str, ...]:
     return tuple(sorted(key for key in unasked if not saved_ranks([key]).keys() & per_rank))
 
 
-def _compare(targets: Mapping[str, Leaf], keys: Keys, where: str, check_missing: bool) -> None:
+def objects_of(metadata: Metadata | None) -> set[str]:
+    """The keys of a foreign step that hold objects. torch_xla, and torch before 2.4, wrote a container without tensors
+    as one object, so a container of such a key is to be restored as one."""
+    entries = {} if metadata is None else metadata.state_dict_metadata
+    return {fqn for fqn, saved in entries.items() if isinstance(saved, BytesStorageMetadata)}
+
+
+def compare(targets: Mapping[str, Leaf], keys: Keys, where: str, check_missing: bool = True) -> None:
+    """Raise StateMismatchError unless what `targets` asks for is among the keys saved, with that dtype and shape."""
     kinds = [(getattr(torch, dtype), shape) for dtype, shape in keys.kinds]
     number_of, kind_of = keys.number, keys.kind.tolist()
     problems: list[str] = []
@@ -312,6 +320,15 @@ def _exchange(planner: LoadPlanner, plan: LoadPlan, ranks: Ranks) -> LoadPlan:
     return planner.finish_plan(part)
 
 
+def put(leaf: Leaf, value: Any) -> None:
+    """Put an object in the place of a leaf. A dict, which then was saved whole, is filled: others may hold it."""
+    if isinstance(leaf.value, dict) and isinstance(value, dict):
+        leaf.value.clear()
+        leaf.value.update(value)
+    else:
+        leaf.container[leaf.key] = value
+
+
 class _SafeLoadPlanner(DefaultLoadPlanner):
     """DCP's planner, except that objects load without running code, and into the key they came from."""
 
@@ -324,7 +341,12 @@ class _SafeLoadPlanner(DefaultLoadPlanner):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         super().set_up_planner(state_dict, metadata, is_coordinator)
-        self._targets = leaves(state_dict)  # afterwards, because DCP's set-up puts new lists in place of those there
+        objects = objects_of(metadata)
+        # Afterwards, because DCP's set-up puts new lists in place of those there.
+        self._targets = leaves(state_dict, objects)
+        kept = {fqn: self._targets[fqn].value for fqn in objects & self._targets.keys() - self.state_dict.keys()}
+        split = tuple(f"{fqn}." for fqn in kept)
+        self.state_dict = {fqn: v for fqn, v in self.state_dict.items() if not fqn.startswith(split)} | kept
 
     def create_local_plan(self) -> LoadPlan:
         # Not DCP's: it takes a checkpoint with more keys than this rank asks for to be one of torch 2.3.
@@ -333,8 +355,7 @@ class _SafeLoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn
-        leaf = self._targets[fqn]
-        leaf.container[leaf.key] = load_object(value.getvalue(), self._safe_globals, fqn)
+        put(self._targets[fqn], load_object(value.getvalue(), self._safe_globals, fqn))
 
 
 class Reserialising:

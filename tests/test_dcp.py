@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from asyncckpt import CheckpointManager, DamagedStepError, SaveError, ShardReader, ShardWriter, UnsafeObjectError
@@ -74,6 +75,17 @@ def test_we_restore_what_stock_dcp_saved(tmp_path: pathlib.Path) -> None:
             manager.save(30, every_kind(4))
     assert (tmp_path / "30" / ".metadata").exists()
     assert not (tmp_path / "31").exists()
+
+
+def test_containers_that_old_writers_kept_whole_come_back(tmp_path: pathlib.Path) -> None:
+    """torch_xla, and torch before 2.4, write a dict or list without tensors as one object; a lr may be a tensor now."""
+    old = {"optim.state.0.step": torch.tensor(3.0), "optim.param_groups": [{"lr": 0.5, "params": [0]}], "n": {"a": 1}}
+    dcp.save(old, checkpoint_id=str(tmp_path / "3"), planner=DefaultSavePlanner(flatten_state_dict=False))
+    groups = [{"lr": torch.tensor(0.0), "params": [0]}]
+    target = {"optim": {"state": {0: {"step": torch.tensor(0.0)}}, "param_groups": groups}, "n": {"b": {}}}
+    with CheckpointManager(str(tmp_path), 1) as manager:
+        manager.restore(3, target, strict=True)
+    assert target == {"optim": {"state": {0: {"step": 3}}, "param_groups": old["optim.param_groups"]}, "n": old["n"]}
 
 
 def test_a_damaged_stock_step_is_reported_by_its_zip_checksum(tmp_path: pathlib.Path) -> None:
