@@ -14,6 +14,7 @@ General layout, in the order in which a save passes through it (each module impo
     framing, chunks                   the format: items, and columns of what there is of them;
     manifest, dcp_metadata            the index of a step, the stock index
     steps, index                      what a listing says; which steps there are
+    store_keys                        what ranks leave for each other in the store
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
     per_rank                          values that each rank keeps for itself
     shard_layout, objects             where items lie in files; what may be saved

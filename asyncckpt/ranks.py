@@ -1,4 +1,4 @@
-"""How the ranks of one run talk to each other: a gloo group of the manager's own, and keys in torch's store.
+"""How the ranks of one run meet: a gloo group of the manager's own, beside the keys that they leave for each other.
 
 Knows nothing of checkpoints. Called by the manager and the planners (training thread), the writer (writer thread) and
 `SyncPoint` (its watcher). World size 1, or no process group at all, takes the same calls and talks to nobody.
@@ -16,7 +16,6 @@ part of the world.
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
 import zlib
@@ -33,35 +32,13 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 
 from asyncckpt import events
 from asyncckpt.errors import CheckpointError
+from asyncckpt.store_keys import Patience, Store, StoreKeys, tell_nobody
 
 T = TypeVar("T")
-Store = Any  # torch.distributed.Store: the stubs of torch 2.13 do not export it, nor know its `clone`
 
 # Of one length, whatever is agreed on: gloo aborts the process of a rank that gets more than it expects, and sends
 # nothing at all for a tensor without elements.
 _NUM_AGREED = 5
-# TCPStore closes the connection on a value above 8 MiB ("Invalid payload size", seen on torch 2.13).
-_PART_BYTES = 4 << 20
-# For one request about many keys. More at once take longer: 4,096 keys 39 ms to check in one request, 16 ms in 16;
-# 16,384 keys 2.1 s (TCPStore over loopback, torch 2.13).
-_KEYS_AT_ONCE = 256
-
-
-def _tell_nobody(*what: Any, **values: Any) -> None:
-    pass
-
-
-class _Patience:
-    """When to speak of a wait: after a sixteenth of its timeout (a guess), and each time that has doubled."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._next_s = timeout_s / 16
-
-    def is_over(self, waited_s: float) -> bool:
-        if waited_s < self._next_s:
-            return False
-        self._next_s = 2 * waited_s
-        return True
 
 
 class _Collective(NamedTuple):
@@ -70,15 +47,11 @@ class _Collective(NamedTuple):
     phase: str
     number: int
     started: float
-    patience: _Patience
+    patience: Patience
 
 
-class Ranks:
-    """The ranks that one manager works with. `rank` 0 is the coordinator.
-
-    Every wait ends: at its deadline, and off the training thread also at `close()`. Only a store call whose server
-    vanished without closing the connection (a host that lost power) can outlast both: call this from daemon threads.
-    """
+class Ranks(StoreKeys):
+    """The ranks that one manager works with. `rank` 0 is the coordinator."""
 
     def __init__(
         self,
@@ -89,30 +62,21 @@ class Ranks:
         rank: int,
         world_size: int,
         timeout_s: float,
-        tell: Callable[..., None] = _tell_nobody,
+        tell: Callable[..., None] = tell_nobody,
         num_entered: int = 0,
     ) -> None:
         """`join` is the way to get one. store, training_store: two clients of one store, as a client serves one call at
         a time and the training thread must not wait for a writer's transfer. num_entered: collectives, so far."""
+        super().__init__(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
         self.step = -1
         """What the training thread's collectives are about, for reports; -1: no step."""
-        self.rank = rank
-        self.world_size = world_size
-        self.is_coordinator = rank == 0
-        self.timeout_s = timeout_s
-        # A check takes the store's one server thread at most 134 us (TCPStore over loopback, 2 cores, torch 2.13):
-        # all ranks together take a quarter of its time.
-        self.poll_s = max(0.02, world_size / 2000)
         self._group = group
-        self._store = store
         self._training_store = training_store
         self._num_entered = num_entered
         self._broken_key = f"broken/{num_entered}"
         self._collective: _Collective | None = None
         self._tell = tell
         self._broken: str | None = None
-        self._num_parts: dict[str, int] = {}  # of what took more than one
-        self._closed = threading.Event()
 
     @classmethod
     def join(
@@ -120,7 +84,7 @@ class Ranks:
         process_group: dist.ProcessGroup | None = None,
         *,
         timeout_s: float = 600.0,
-        tell: Callable[..., None] = _tell_nobody,
+        tell: Callable[..., None] = tell_nobody,
     ) -> Ranks:
         """The ranks of `process_group`, or of the world. A collective call: every one of them must make it.
 
@@ -258,7 +222,7 @@ class Ranks:
             raise CheckpointError(f"cannot start {phase}: {self._broken}", rank=self.rank)
         self._num_entered += 1
         started = time.monotonic()
-        self._collective = _Collective(phase, self._num_entered, started, _Patience(self.timeout_s))
+        self._collective = _Collective(phase, self._num_entered, started, Patience(self.timeout_s))
         try:
             self._training_store.set(str(self.rank), str(self._num_entered))  # sent, not answered: 8 us
             yield
@@ -281,7 +245,7 @@ class Ranks:
             if first_to_blame and first_to_blame != to_blame:
                 to_blame, found = first_to_blame, f"it had been given up: {first}"
         except CheckpointError:
-            found = "the store is gone too, so the process that hosts it (often rank 0) has probably died"
+            to_blame, found = [0], "the store is gone too: its host (often the process of rank 0) died or is stopped"
         self._broken = f"{failed}: {found}"
         return CheckpointError(
             f"{self._broken}. Committed steps are safe. The ranks are out of step: restart the job. Cause: {cause}",
@@ -311,13 +275,7 @@ class Ranks:
 
     def _behind(self, number: int) -> list[int]:
         """The ranks that have not entered that many collectives."""
-        entered: list[int] = []
-        with self._reaching_store("entered"):
-            for names in _portions([str(rank) for rank in range(self.world_size)]):
-                if self._store.check(names):
-                    entered += map(int, self._store.multi_get(names))
-                else:
-                    entered += [self._store.add(name, 0) for name in names]  # which makes those that are not there
+        entered = self._counts([str(rank) for rank in range(self.world_size)])
         return [rank for rank, count in enumerate(entered) if count < number]
 
     def _silent(self) -> list[int]:
@@ -335,9 +293,8 @@ class Ranks:
             self.post(self._broken_key, b"")
         if not waiting.patience.is_over(waited_s := time.monotonic() - waiting.started):
             return
-        with self._reaching_store("entered"):
-            if any(self._store.add(str(lower), 0) >= waiting.number for lower in range(self.rank)):
-                return
+        if any(self._counts([str(lower)])[0] >= waiting.number for lower in range(self.rank)):
+            return
         late = self._behind(waiting.number)
         if late and self._collective is waiting:
             self._tell(
@@ -345,166 +302,16 @@ class Ranks:
                 phase=waiting.phase, ranks=tuple(late), waited_s=waited_s,
             )  # fmt: skip
 
-    # -- any thread: keys
-
-    def post(self, key: str, data: bytes) -> None:
-        """Leave this rank's `data` of any size under `key` for `collect`."""
-        self._put(f"{key}/{self.rank}", data)
-
-    def has_posted(self, key: str, rank: int) -> bool:
-        return self._have([f"{key}/{rank}"])
-
-    def have_all_posted(self, key: str) -> bool:
-        return all(self._have(names) for names in self._posts(key))
-
-    def missing(self, key: str) -> list[int]:
-        """The ranks that have not posted under `key`. Does not wait."""
-        return [int(name.rpartition("/")[2]) for names in self._posts(key) for name in self._lacking(names)]
-
-    def collect(
-        self, key: str, timeout_s: float, *, unless: str = "", on_wait: Callable[[float], None] = _tell_nobody
-    ) -> list[bytes]:
-        """What every rank posted under `key`, by rank. Raises TimeoutError naming the ranks that did not post; with
-        `unless` also as soon as there is word under that key.
-
-        on_wait: called with the seconds waited, after a sixteenth of the timeout and each time that has doubled.
-        """
-
-        def ask() -> bool | None:
-            if self.have_all_posted(key):
-                return True
-            return False if unless and self._have([f"{unless}/all"]) else None
-
-        if not self._await(key, ask, timeout_s, on_wait):
-            missing = self.missing(key)
-            raise TimeoutError(f"{key!r}: ranks {missing} of {self.world_size} did not report in {timeout_s:g} s")
-        return [data for names in self._posts(key) for data in self._get(names)]
-
-    def announce(self, key: str, data: bytes) -> None:
-        """Leave `data` under `key` for every rank. The last one to announce wins."""
-        self._put(f"{key}/all", data)
-
-    def claim(self, key: str, data: bytes, *, over: bytes = b"") -> bytes:
-        """Announce `data` unless there is word already, other than `over`. The word that holds, the same for all.
-
-        data, over: text, of less than 4 MiB.
-        """
-        name = f"{key}/all"
-        with self._reaching_store(name):
-            held = self._store.compare_set(name, _framed([over]).decode() if over else "", _framed([data]).decode())
-        return self._whole(name, held)
-
-    def announced(self, key: str) -> bytes | None:
-        """What was announced under `key`, or None. Does not wait."""
-        name = f"{key}/all"
-        return self._get([name])[0] if self._have([name]) else None
-
-    def await_announcement(
-        self, key: str, timeout_s: float, *, beyond: bytes = b"", on_wait: Callable[[float], None] = _tell_nobody
-    ) -> bytes:
-        """What was announced under `key`, if it is not `beyond`. Raises TimeoutError. on_wait: as for `collect`."""
-
-        def ask() -> bytes | None:
-            word = self.announced(key)
-            return None if beyond and word == beyond else word
-
-        word = self._await(f"{key}/all", ask, timeout_s, on_wait)
-        if word is None:
-            raise TimeoutError(f"{key!r}: rank {self.rank} waited {timeout_s:g} s in vain for word from rank 0")
-        return word
-
-    def forget(self, key: str) -> None:
-        """Delete what this rank has posted under `key`, and on the coordinator also what was announced there, from the
-        store, which lives as long as the job.
-
-        For each rank to call, once nobody will read it: when all have posted under a later key, all have heard.
-        """
-        with self._reaching_store(key):
-            for name in (f"{key}/{self.rank}", f"{key}/all")[: 1 + self.is_coordinator]:
-                self._store.delete_key(name)
-                for part in range(1, self._num_parts.pop(name, 1)):
-                    self._store.delete_key(f"{name}/{part}")
-
-    def _posts(self, key: str) -> list[list[str]]:
-        return _portions([f"{key}/{rank}" for rank in range(self.world_size)])
-
-    def _have(self, names: list[str]) -> bool:
-        """Whether all are there."""
-        with self._reaching_store(names[0]):
-            return bool(self._store.check(names))
-
-    def _lacking(self, names: list[str]) -> list[str]:
-        """By halves: few are missing, as a rule."""
-        if self._have(names):
-            return []
-        if len(names) == 1:
-            return names
-        middle = len(names) // 2
-        return self._lacking(names[:middle]) + self._lacking(names[middle:])
-
-    def _await(
-        self, key: str, ask: Callable[[], T | None], timeout_s: float, on_wait: Callable[[float], None]
-    ) -> T | None:
-        """The answer, or None after `timeout_s`. Polls, because a blocking wait on the store can be neither interrupted
-        nor shared by two threads."""
-        started, pause, patience = time.monotonic(), 0.001, _Patience(timeout_s)
-        while (answer := ask()) is None and (waited_s := time.monotonic() - started) < timeout_s:
-            if patience.is_over(waited_s):
-                on_wait(waited_s)
-            if self._closed.wait(min(pause, timeout_s - waited_s)):
-                raise CheckpointError(f"closed while waiting for {key!r}", rank=self.rank)
-            pause = min(2 * pause, self.poll_s)
-        return answer
-
-    def _put(self, name: str, data: bytes) -> None:
-        parts = [data[start : start + _PART_BYTES] for start in range(0, len(data), _PART_BYTES)] or [b""]
-        with self._reaching_store(name):
-            for number in range(1, len(parts)):
-                self._store.set(f"{name}/{number}", parts[number])
-            # last, because its presence tells that all parts are there
-            self._store.set(name, _framed(parts))
-        if len(parts) > 1:
-            self._num_parts[name] = len(parts)
-
-    def _get(self, names: list[str]) -> list[bytes]:
-        with self._reaching_store(names[0]):
-            values = self._store.multi_get(names)
-        return [self._whole(name, value) for name, value in zip(names, values, strict=True)]
-
-    def _whole(self, name: str, value: bytes) -> bytes:
-        num_parts, first = value.split(b"\n", 1)
-        with self._reaching_store(name):
-            return b"".join([first, *(self._store.get(f"{name}/{number}") for number in range(1, int(num_parts)))])
-
-    @contextmanager
-    def _reaching_store(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as exc:  # all of torch's store errors
-            raise CheckpointError(
-                f"the store of torch.distributed failed at {name!r} on rank {self.rank}; the process that hosts it "
-                f"(often rank 0) has probably ended. Committed steps are safe. Cause: {exc}",
-                rank=self.rank,
-            ) from exc
-
     def close(self) -> None:
         """End every wait of other threads and drop the group; idempotent, and waits for no other rank."""
         if self._closed.is_set():
             return
-        self._closed.set()
+        super().close()
         # The group of a part of the world stays: torch names it by its members and the number of groups that exist, so
         # the next one would get its name and find its dead addresses in the store (the fifth of a row failed).
         if self._group is not None and dist.is_initialized() and self.world_size == dist.get_world_size():
             with suppress(ValueError):  # it went with the world already
                 dist.destroy_process_group(self._group)
-
-
-def _framed(parts: Sequence[bytes]) -> bytes:
-    return b"%d\n%b" % (len(parts), parts[0])
-
-
-def _portions(names: list[str]) -> list[list[str]]:
-    return [names[start : start + _KEYS_AT_ONCE] for start in range(0, len(names), _KEYS_AT_ONCE)]
 
 
 def _route(ranks: Sequence[int], rank: int) -> tuple[int | None, list[int]]:

@@ -146,7 +146,7 @@ class Saver:
             verdict, cause = self._reach_verdict(job, part, error)
         except CheckpointError as exc:  # the store is gone: nobody hears us, and of the others only rank 0 can commit
             outcome = "was not saved" if self.ranks.is_coordinator else _UNKNOWN
-            verdict, cause = _Verdict(_describe(exc), "commit", self.ranks.rank, outcome), error or exc
+            verdict, cause = _Verdict(_describe(exc), "commit", outcome=outcome), error or exc
         if verdict.error:
             self._is_tidy = False
             raise self._failed(job, verdict, cause)

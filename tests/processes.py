@@ -33,21 +33,25 @@ class Job:
     """`world_size` processes that each run `body(link, *args)`, a module-level function, after `init_process_group`.
 
     `tell` and `hear` are the test's end of each rank's `link`. `results` are what the bodies returned.
+    store_on_rank_0: it hosts the store, as in a job without `torchrun`.
     """
 
-    def __init__(self, world_size: int, body: Callable[..., Any], *args: Any) -> None:
-        self._store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    def __init__(self, world_size: int, body: Callable[..., Any], *args: Any, store_on_rank_0: bool = False) -> None:
         self._links: list[Connection] = []
         self._processes: list[Any] = []
+        port = 0
+        if not store_on_rank_0:
+            self._store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+            port = self._store.port
         for rank in range(world_size):
             here, there = _forks.Pipe()
-            process = _forks.Process(
-                target=_run_rank, args=(rank, world_size, self._store.port, there, body, args), daemon=True
-            )
+            process = _forks.Process(target=_run_rank, args=(rank, world_size, port, there, body, args), daemon=True)
             process.start()
             there.close()
             self._links.append(here)
             self._processes.append(process)
+            if port == 0:
+                port = self._receive(0, "port")
 
     def tell(self, rank: int, message: object = None) -> None:
         self._links[rank].send(("message", message))
@@ -64,6 +68,11 @@ class Job:
 
     def results(self) -> list[Any]:
         return [self.result(rank) for rank in range(len(self._processes))]
+
+    def exit_code(self, rank: int) -> int | None:
+        """Once its body has returned."""
+        self._processes[rank].join(_TIMEOUT_S)
+        return self._processes[rank].exitcode
 
     def num_store_keys(self) -> int:
         return self._store.num_keys()
@@ -106,7 +115,9 @@ def _run_rank(
     rank: int, world_size: int, port: int, connection: Connection, body: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     try:
-        store = TCPStore("127.0.0.1", port, None, is_master=False)
+        store = TCPStore("127.0.0.1", port, None, is_master=port == 0, wait_for_workers=False)
+        if port == 0:
+            connection.send(("port", store.port))
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=_TIMEOUT_S)
         )
