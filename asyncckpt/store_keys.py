@@ -211,17 +211,17 @@ class StoreKeys:
         try:
             return answer.result(limit_s)
         except TimeoutError as exc:
-            error = self._failed(args, f"did not answer for {limit_s:g} s", "is stopped, or its machine is gone")
+            error = self._failed(args, f"did not answer for {limit_s:g} s", "is stopped, or its machine is gone.")
             self._lost = str(error)
             raise error from exc
         except RuntimeError as exc:  # all of torch's store errors
-            raise self._failed(args, f"failed: {exc}", "has probably ended") from exc
+            raise self._failed(args, "failed", f"has probably ended. Cause: {exc}") from exc
 
     def _failed(self, args: tuple[Any, ...], how: str, host: str) -> CheckpointError:
         name = args[0] if isinstance(args[0], str) else args[0][0]
         return CheckpointError(
-            f"the process that hosts the store of torch.distributed (often rank 0) {host}; rank {self.rank} asked for "
-            f"{name!r}, and the store {how}. Committed steps are safe. Restart the job.",
+            f"the store of torch.distributed {how} at {name!r} on rank {self.rank}. Committed steps are safe; restart "
+            f"the job. The process that hosts the store (often rank 0) {host}",
             rank=0,
         )
 
