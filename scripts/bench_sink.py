@@ -2,7 +2,7 @@
 
 A process of its own (`Sink` starts and ends one), because a server in the measured process would share its GIL. Bodies
 up to `KEEP_BYTES` of a single PUT are kept, so that listings, manifests and `.metadata` work; of everything larger only
-the size is known. No authentication, no checks. `mib_s` paces what is written, over all connections together.
+the size is known. No authentication, no checks. `mib_s` paces what is written and read, over all connections together.
 
     with Sink(mib_s=200) as sink:
         storage = open_storage("s3://bench/run", sink.storage_options)
@@ -321,7 +321,9 @@ class _Connection:
         left = end - start
         self._state.bytes_out += left
         while left:  # without a copy in user space
-            left -= os.sendfile(self._socket.fileno(), self._state.zeros, 0, min(left, 4 * MIB))
+            sent = os.sendfile(self._socket.fileno(), self._state.zeros, 0, min(left, PACE_BYTES))
+            self._state.pace.wait(sent)
+            left -= sent
 
     def _delete_object(self, path: str, *_: Any) -> None:
         self._state.objects.pop(path, None)
@@ -388,7 +390,7 @@ def _without_aws_chunks(body: bytes) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--mib-s", type=float, default=None, help="pace of what is written")
+    parser.add_argument("--mib-s", type=float, default=None, help="pace of what is written and read")
     arguments = parser.parse_args()
     state = _State(arguments.mib_s)
     listener = socket.create_server(("127.0.0.1", arguments.port), backlog=256)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,8 +24,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from asyncckpt import CheckpointManager
+from scripts.bench_sink import Sink
+from tests.servers import best_s3_server
 
-from .frame import OURS, PEER, Bench, Outcome, Round, Rounds, Row, Spread, not_measured, ratio_row
+from . import clients
+from .frame import MIB, OURS, PEER, Bench, Outcome, Round, Rounds, Row, Spread, not_measured, ratio_row
 
 NUM_RANKS, NUM_TENSORS = 8, 64
 TOGETHER = f"save_async, {NUM_RANKS} ranks"
@@ -34,14 +37,29 @@ ONE = "save_async, one rank with all bytes"
 DCP = f"dcp.save, {NUM_RANKS} ranks"
 EACH, ONCE = "restore, each rank reads", "restore, read_once"
 DCP_EACH = "dcp.load, each rank reads"
+S3_EACH, S3_ONCE = "restore from S3, each rank reads", "restore from S3, read_once"
+PACED_EACH, PACED_ONCE = "restore from paced S3, each rank reads", "restore from paced S3, read_once"
+S3_URL, PACED_URL = clients.url("replicas"), clients.url("zeros")
+PACE_MIB_S, PACED_BYTES = 200, 32 * MIB
 
 
 def run(bench: Bench) -> Outcome:
-    with _Crew(bench) as crew:
+    with (
+        best_s3_server() as server,
+        Sink(mib_s=PACE_MIB_S) as paced_server,
+        _Crew(bench, server.storage_options, paced_server.storage_options) as crew,
+    ):
+        server.make_bucket(clients.BUCKET)
         kinds = {TOGETHER: OURS, APART: OURS, ONE: OURS, DCP: PEER}
         saves = bench.take_turns({name: (kind, partial(crew.rounds_of, name)) for name, kind in kinds.items()})
         kinds = {EACH: OURS, ONCE: OURS, DCP_EACH: PEER}
         restores = bench.take_turns({name: (kind, partial(crew.rounds_of, name)) for name, kind in kinds.items()})
+        kinds = dict.fromkeys((S3_EACH, S3_ONCE), OURS)
+        s3 = bench.take_turns({name: (kind, partial(crew.rounds_of, name)) for name, kind in kinds.items()})
+        kinds = dict.fromkeys((PACED_EACH, PACED_ONCE), OURS)
+        paced = bench.take_turns({name: (kind, partial(crew.rounds_of, name)) for name, kind in kinds.items()})
+    paced_name = f"{NUM_RANKS} ranks restore the same from S3 at {PACE_MIB_S} MiB/s for all"
+    s3_name = f"{NUM_RANKS} ranks restore the same {bench.scale.object_bytes / 1e6:.0f} MB from {server.name}"
     size = f"{bench.scale.num_bytes / 1e6:.0f} MB"
     rows = [
         _agreement(saves, size),
@@ -52,12 +70,16 @@ def run(bench: Bench) -> Outcome:
             "ranks", "the same, seconds of each rank reading over those of read_once", restores, EACH, ONCE, None
         ),
         ratio_row("ranks", "the same, seconds of dcp.load over those of read_once", restores, DCP_EACH, ONCE, None),
+        ratio_row("ranks", f"{s3_name}, seconds of each rank reading over read_once", s3, S3_EACH, S3_ONCE, None),
+        ratio_row("ranks", f"{paced_name}, seconds likewise", paced, PACED_EACH, PACED_ONCE, None),
     ]
     tables = {
         f"{NUM_RANKS} ranks, from the call to durable": (saves, "time"),
         f"{NUM_RANKS} ranks restore the same": (restores, "time"),
+        s3_name: (s3, "time"),
+        paced_name: (paced, "time"),
     }
-    return Outcome(rows, tables, errors=saves.errors | restores.errors)
+    return Outcome(rows, tables, errors=saves.errors | restores.errors | s3.errors | paced.errors)
 
 
 def _agreement(saves: Rounds, size: str) -> Row:
@@ -82,8 +104,10 @@ def _reads(restores: Rounds, size: str) -> Row:
 class _Crew:
     """The processes, and rounds of them."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, *servers: Mapping[str, Any]) -> None:
+        """servers: storage options of the S3 server, and of the paced one."""
         self._bench = bench
+        self._servers = servers
         self._stack = ExitStack()
         self._links: list[Connection] = []
 
@@ -94,7 +118,7 @@ class _Crew:
         self._stack.callback(lambda: store)  # lives until the ranks are gone
         for rank in range(NUM_RANKS):
             here, there = forks.Pipe()
-            arguments = (there, rank, store.port, str(self._bench.folder), self._bench.scale.num_bytes)
+            arguments = (there, rank, store.port, self._servers, self._bench)
             process = forks.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self._stack.callback(process.join)
@@ -121,23 +145,24 @@ class _Crew:
                 raise answer
         found = {measure: max(answer[measure] for answer in answers) for measure in answers[0]}
         if "reads" in found:
-            found["reads"] = sum(answer["reads"] for answer in answers) / self._bench.scale.num_bytes
+            found["reads"] = sum(answer["reads"] for answer in answers)
         return found
 
 
 # -- a rank
 
 
-def _serve(link: Connection, rank: int, port: int, folder: str, num_bytes: int) -> None:
+def _serve(link: Connection, rank: int, port: int, servers: Sequence[Mapping[str, Any]], bench: Bench) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, None, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
+    makers = {**_CONTENDERS, **_on_s3(bench, *servers)}
     contenders: dict[str, Iterator[Mapping[str, float]]] = {}
     while (order := link.recv()) is not None:
         name, number = order
         try:
             if name not in contenders:
-                contenders[name] = _CONTENDERS[name](Path(folder), rank, num_bytes)
+                contenders[name] = makers[name](bench.folder, rank, bench.scale.num_bytes)
             if number < 0:
                 contenders[name].close()  # type: ignore[attr-defined]
                 link.send({})
@@ -207,21 +232,40 @@ def _dcp_saves(folder: Path, rank: int, num_bytes: int) -> Iterator[Mapping[str,
         yield {"time": took, "stall": took}
 
 
-def _restores(read_once: bool) -> Any:
+def _restores(read_once: bool, url: str = "", storage_options: Mapping[str, Any] | None = None) -> Any:
     def rounds(folder: Path, rank: int, num_bytes: int) -> Iterator[Mapping[str, float]]:
         read: list[int] = []
         state = _whole(num_bytes)
-        options: dict[str, Any] = {"read_once": True} if read_once else {}
+        if url == PACED_URL:  # which reads as zeros
+            state = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
         events = [lambda event: read.append(getattr(event, "num_bytes", 0))]
-        with CheckpointManager(str(folder / f"replicas-{read_once}"), events=events, **options) as manager:
+        path = f"{url or folder / 'replicas'}-{read_once}"
+        with CheckpointManager(path, events=events, read_once=read_once, storage_options=storage_options) as manager:
             manager.save(0, state)
             while True:
                 read.clear()
                 started = time.perf_counter()
                 manager.restore(0, state)
-                yield {"time": time.perf_counter() - started, "reads": sum(read)}
+                yield {"time": time.perf_counter() - started, "reads": sum(read) / num_bytes}
 
     return rounds
+
+
+def _on_s3(
+    bench: Bench, server: Mapping[str, Any], paced: Mapping[str, Any]
+) -> dict[str, Callable[[Path, int, int], Any]]:
+    """The restores from there, of as many bytes as S3 is to move."""
+    num_bytes = {S3_URL: bench.scale.object_bytes, PACED_URL: min(8 * bench.scale.object_bytes, PACED_BYTES)}
+
+    def restores(read_once: bool, url: str, options: Mapping[str, Any]) -> Callable[[Path, int, int], Any]:
+        return lambda folder, rank, _: _restores(read_once, url, options)(folder, rank, num_bytes[url])
+
+    return {
+        S3_EACH: restores(False, S3_URL, server),
+        S3_ONCE: restores(True, S3_URL, server),
+        PACED_EACH: restores(False, PACED_URL, paced),
+        PACED_ONCE: restores(True, PACED_URL, paced),
+    }
 
 
 def _dcp_restores(folder: Path, rank: int, num_bytes: int) -> Iterator[Mapping[str, float]]:
@@ -230,7 +274,7 @@ def _dcp_restores(folder: Path, rank: int, num_bytes: int) -> Iterator[Mapping[s
     while True:
         started = time.perf_counter()
         dcp.load(state, checkpoint_id=folder / "dcp-replicas")
-        yield {"time": time.perf_counter() - started, "reads": num_bytes}
+        yield {"time": time.perf_counter() - started, "reads": 1.0}
 
 
 _CONTENDERS: Mapping[str, Callable[[Path, int, int], Any]] = {
