@@ -5,7 +5,8 @@ It says what the state is, by key, and puts it back in the right order; it reads
 
     model          {[name.]fqn: tensor}                                      DCP's canonical names
     optimizer      [name]: {"state": {fqn: {...}}, "param_groups": [...]}    DCP's, each optimizer by itself; or flat
-    scheduler, scaler, progress, rng/rank_<k>, dataloader/rank_<k>           one object each (object_state.py)
+    scheduler      [name]: one object (object_state.py)
+    scaler, progress, rng/rank_<k>, dataloader/rank_<k>                      one object each
     <registered>   an nn.Module: {fqn: tensor}; else {"tensors": {path: tensor}, "values": one object}
 
 Called by manager.py and by users.
@@ -131,7 +132,9 @@ class TrainState:
         if optimizers:
             state["optimizer"] = optimizers.get("", optimizers)
         if self._schedulers:
-            state["scheduler"] = pack({name: scheduler.state_dict() for name, scheduler in self._schedulers.items()})
+            # One object each, as stages of a pipeline may lack some.
+            states = {name: pack(scheduler.state_dict()) for name, scheduler in self._schedulers.items()}
+            state["scheduler"] = states.get("", states)
         if self._scaler is not None:
             state["scaler"] = pack(self._scaler.state_dict())
         if self._rng:
@@ -179,7 +182,8 @@ class TrainState:
         for name, part in self._objects.items():
             part.load(_own_part(state_dict, name)[1] if name in self._per_rank else _part(state_dict, name))
         for name, scheduler in self._schedulers.items():
-            scheduler.load_state_dict(_part(unpack(_part(state_dict, "scheduler")), name))
+            saved = _part(state_dict, "scheduler")
+            scheduler.load_state_dict(unpack(_part(saved, name) if name else saved))
             _fit_to_groups(scheduler, always=self._options.flatten_optimizer_state_dict)
         if self._scaler is not None:
             self._scaler.load_state_dict(unpack(_part(state_dict, "scaler")))

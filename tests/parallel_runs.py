@@ -347,12 +347,16 @@ class Run:
         if kind != "whole":
             torch.manual_seed(seed + dist.get_rank())  # from here on every rank has its own random numbers
         self.optimizers = make_optimizers(self.model)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizers["adam"], 2)
+        self.schedulers = {
+            name: torch.optim.lr_scheduler.StepLR(self.optimizers[name], 2)
+            for name in self.optimizers
+            if name != "master"
+        }
         # The stages of a pipeline differ in the parameters of a group, and so do ranks with experts of their own.
         is_flat = isinstance(self.trained, Pipeline) or kind == "experts"
         options = options or StateDictOptions(flatten_optimizer_state_dict=is_flat)
         self.state = TrainState(
-            model=self.model, optimizer=self.optimizers, scheduler=self.scheduler, options=options
+            model=self.model, optimizer=self.optimizers, scheduler=self.schedulers, options=options
         )  # fmt: skip
 
     def train(self, until: int) -> Steps:
@@ -364,7 +368,8 @@ class Run:
             for optimizer in self.optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
-            self.scheduler.step()
+            for scheduler in self.schedulers.values():
+                scheduler.step()
         self.state.step = until
         return Steps(losses, drawn)
 
@@ -382,11 +387,11 @@ class Run:
         values = {fqn: leaf.value for fqn, leaf in leaves({"model": state["model"]}).items()}
         for name, osd in state["optimizer"].items():
             values |= {f"{name}.{key}": value for key, value in by_parameter(osd)}
-        scheduler = self.scheduler.state_dict()
-        groups = self.optimizers["adam"].param_groups
-        assert scheduler.pop("base_lrs") == [group["initial_lr"] for group in groups]
-        assert scheduler.pop("_last_lr") == [group["lr"] for group in groups]
-        values |= {f"scheduler.{key}": value for key, value in scheduler.items()}
+        for name, scheduler in self.schedulers.items():
+            kept, groups = scheduler.state_dict(), self.optimizers[name].param_groups
+            assert kept.pop("base_lrs") == [group["initial_lr"] for group in groups]
+            assert kept.pop("_last_lr") == [group["lr"] for group in groups]
+            values |= {f"{name}.scheduler.{key}": value for key, value in kept.items()}
         return {key: piece for key, value in values.items() if (piece := piece_of(value)) is not None}
 
 
@@ -548,7 +553,8 @@ def resume(link: Link | None, layout: str, path: str, options: StateDictOptions 
 def plain_state_of(run: Run) -> dict[str, Any]:
     """As one writes it without a TrainState: DTensors as the model gives them, optimizer state by parameter number."""
     optimizers = {name: prime_optimizer(optimizer) for name, optimizer in run.optimizers.items()}
-    return {"model": run.model.state_dict(), **optimizers, "scheduler": run.scheduler}
+    schedulers = {f"{name} scheduler": scheduler for name, scheduler in run.schedulers.items()}
+    return {"model": run.model.state_dict(), **optimizers, **schedulers}
 
 
 def run_and_save_plain(link: Link | None, layout: str, path: str) -> Saved:
