@@ -112,8 +112,9 @@ class Failed(Event):
 class Restored(Event):
     """A restore is complete (the thread that called it).
 
-    ignored_keys: keys of the checkpoint that the state dict did not ask for. skipped_steps: newer steps that
-    `restore_latest` passed over as damaged.
+    num_bytes: that this rank took from storage, which with `read_once` is a part of what it got. ignored_keys: keys of
+    the checkpoint that the state dict did not ask for. skipped_steps: newer steps that `restore_latest` passed over as
+    damaged.
     """
 
     num_bytes: int

@@ -2,8 +2,9 @@
 
 For storage that is slower than the network between ranks. It goes in rounds, before each of which all ranks hear
 whether one has failed: so none is left waiting, and buffers stay small. While one round is passed on, the next ones are
-read. What only one rank wants, and what it has another use for than the others (a large tensor in another memory
-layout, two targets in one memory), each rank reads for itself, as it does without. Called by restore.py.
+read. Each rank reads for itself, as it does without, what it alone wants; what it delivers in a way of its own (a large
+tensor in another memory layout, two targets in one memory); and what a load plan cuts to other shards (read_items.py).
+Called by restore.py.
 """
 
 from __future__ import annotations

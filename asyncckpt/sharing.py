@@ -1,7 +1,7 @@
 """What several ranks want of a step, and which one of them reads which part of it: pure, and alike on all ranks.
 
-A payload is shared if two ranks or more want all of it. What the same ranks share is cut into parcels, and each goes to
-the one of them that has least to read. Nothing here reads or sends: read_once.py does.
+A payload is shared if two ranks or more want all of it. What the same ranks share is cut into parcels, and each is read
+by the one of them that has least to read. Nothing here reads or sends: read_once.py does.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def share(payloads: Payloads, edges: Sequence[Numbers], rank: int) -> Sharing:
             continue
         segments = np.flatnonzero(of_segment.reshape(-1) == number)
         numbers = np.concatenate([np.arange(bounds[one], bounds[one + 1]) for one in segments])
+        circles: dict[int, tuple[int, ...]] = {}
         parcels = []
         for file, start, size in payloads.cut(numbers):
             reader = int(loads[members].argmin())
@@ -115,9 +116,9 @@ def share(payloads: Payloads, edges: Sequence[Numbers], rank: int) -> Sharing:
             now = int(clocks[members].max())
             clocks[members] = now + size
             if is_member[rank]:
-                # From the reader on in a circle, so that all pass on as much.
-                ranks = (*members[reader:].tolist(), *members[:reader].tolist())
-                parcels.append(Parcel(file, start, size, ranks, now // ROUND_BYTES))
+                if reader not in circles:  # the ranks from the reader on, so that all pass on as much
+                    circles[reader] = tuple(np.roll(members, -reader).tolist())
+                parcels.append(Parcel(file, start, size, circles[reader], now // ROUND_BYTES))
             num_rounds = max(num_rounds, now // ROUND_BYTES + 1)
         if parcels:
             groups.append((numbers, parcels))

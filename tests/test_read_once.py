@@ -191,6 +191,28 @@ def test_the_word_of_rank_0_counts(four: Crew, tmp_path: pathlib.Path) -> None:
     assert (sum(once), sum(each)) == (4_000_000, 16_000_000)
 
 
+def restore_on_accelerator(link: Link, path: str) -> None:
+    device = torch.accelerator.current_accelerator()
+    state = replicas(1)
+    state["large"] = [tensor.to(device) for tensor in state["large"]]
+    state["small"] = {key: tensor.to(device) for key, tensor in state["small"].items()}
+    save(path, state)
+    target = target_like(state)
+    for tensors in (target["large"], target["small"]):
+        for key in range(len(tensors)) if isinstance(tensors, list) else tensors:
+            tensors[key] = tensors[key].to(device)
+    restore(path, target, read_once=True)
+    assert_same(replicas(1)["medium"], target["medium"])
+    assert all(torch.equal(a, b) for a, b in zip(state["large"], target["large"], strict=True))
+    assert all(torch.equal(tensor, target["small"][key]) for key, tensor in state["small"].items())
+
+
+@pytest.mark.gpu
+def test_tensors_on_an_accelerator_come_through_page_locked_buffers(four: Crew, tmp_path: pathlib.Path) -> None:
+    """Four ranks on one device; others on the CPU beside them."""
+    four.run(restore_on_accelerator, str(tmp_path))
+
+
 # -- failures
 
 
