@@ -127,7 +127,8 @@ class Restored(Event):
 class Merged(Event):
     """Ranks gave different values under the same keys, and the lowest rank's was taken (training thread of rank 0).
 
-    Reported when a save is planned, of objects and of small tensors on the CPU. `PerRank` keeps each rank's own.
+    Reported when a save is planned, of objects and of small tensors on the CPU. `PerRank` keeps each rank's own;
+    StateDictOptions(flatten_optimizer_state_dict=True) does for the parameter groups in a TrainState.
     """
 
     keys: tuple[str, ...]
@@ -157,7 +158,7 @@ def log_events(event: Event) -> None:
         case Merged():
             logger.warning(
                 "step %d at %s: ranks have different values of %d keys, of which the lowest rank's is kept: %s. "
-                "PerRank keeps each rank's own",
+                "PerRank keeps each rank's own, flatten_optimizer_state_dict=True those of an optimizer's groups",
                 event.step, event.url, len(event.keys), ", ".join(event.keys[:8]),
             )  # fmt: skip
         case Delayed():
