@@ -15,6 +15,7 @@ General layout, in the order in which a save passes through it (each module impo
     manifest, dcp_metadata            the index of a step, the stock index
     steps, index                      what a listing says; which steps there are
     store_keys                        what ranks leave for each other in the store
+    gloo_group                        their messages
     ranks, sync_point, preemption     how ranks agree, and SIGTERM
     per_rank                          values that each rank keeps for itself
     shard_layout, objects             where items lie in files; what may be saved

@@ -20,7 +20,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -32,6 +32,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 
 from asyncckpt import events
 from asyncckpt.errors import CheckpointError
+from asyncckpt.gloo_group import GlooGroup
 from asyncckpt.store_keys import Patience, Store, StoreKeys, tell_nobody
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Ranks(StoreKeys):
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None,
+        group: GlooGroup | None,
         store: Store,
         training_store: Store,
         *,
@@ -113,10 +114,10 @@ class Ranks(StoreKeys):
             num_entered=entrance.add(str(rank), 0),
         )  # fmt: skip
         with arrivals._phase("constructing the manager (every rank must)"):
-            group = _own_group(members, timeout_s)
-            name = [uuid.uuid4().hex]  # two managers of one job must not read each other's keys
-            dist.broadcast_object_list(name, group=group, group_src=0)
-            own, trainers = (PrefixStore(f"asyncckpt/{name[0]}", client) for client in (store.clone(), store))
+            meeting = PrefixStore(f"group/{arrivals._num_entered}", entrance)
+            group = GlooGroup(meeting, rank=rank, world_size=len(members), timeout_s=timeout_s)
+            name = group.broadcast_object(uuid.uuid4().hex)  # two managers of one job must not read each other's keys
+            own, trainers = (PrefixStore(f"asyncckpt/{name}", client) for client in (store.clone(), store))
         return cls(group, own, trainers, rank=rank, world_size=len(members), timeout_s=timeout_s, tell=tell)
 
     # -- training thread: collectives
@@ -126,16 +127,13 @@ class Ranks(StoreKeys):
 
         Returns when every rank has come. Raises CheckpointError on all of them if one is in another phase.
         """
-        if self.world_size == 1:
+        if self._group is None:
             return [list(values)]
         code = _phase_code(phase)
         with self._phase(phase):
             mine = torch.tensor([code, *values, *[0] * (_NUM_AGREED - len(values))], dtype=torch.int64, device="cpu")
             # Not all_gather, a ring that takes each rank's turn: 16 ranks on 2 cores 46 ms, this 12 ms (8: 21 and 12).
-            theirs = torch.empty((self.world_size, len(mine)), dtype=torch.int64, device="cpu")
-            dist.gather(mine, list(theirs) if self.is_coordinator else None, group=self._group, group_dst=0)
-            dist.broadcast(theirs, group=self._group, group_src=0)
-        rows = theirs.tolist()
+            rows = self._group.broadcast(self._group.gather(mine)).tolist()
         for rank, row in enumerate(rows):
             if row[0] != code:
                 raise CheckpointError(
@@ -147,40 +145,34 @@ class Ranks(StoreKeys):
 
     def gather_objects(self, value: T, *, phase: str) -> list[T]:
         """Every rank's picklable `value`, by rank, on the coordinator; empty elsewhere."""
-        if self.world_size == 1:
+        if self._group is None:
             return [value]
-        values: list[Any] | None = [None] * self.world_size if self.is_coordinator else None
         with self._phase(phase):
-            dist.gather_object(value, values, group=self._group, group_dst=0)
-        return values or []
+            return self._group.gather_objects(value)
 
     def scatter_objects(self, values: Sequence[T] | None, *, phase: str) -> T:
         """This rank's item of the coordinator's `values` (one per rank; ignored elsewhere)."""
-        if self.world_size == 1:
+        if self._group is None:
             return cast(Sequence[T], values)[0]
-        received: list[Any] = [None]
         with self._phase(phase):
-            dist.scatter_object_list(received, cast(Any, values), group=self._group, group_src=0)
-        return cast(T, received[0])
+            return cast(T, self._group.scatter_objects(values if self.is_coordinator else None))
 
     def broadcast_object(self, value: T, *, phase: str) -> T:
         """The coordinator's `value`."""
-        if self.world_size == 1:
+        if self._group is None:
             return value
-        carrier = [value]
         with self._phase(phase):
-            dist.broadcast_object_list(carrier, group=self._group, group_src=0)
-        return carrier[0]
+            return cast(T, self._group.broadcast_object(value))
 
     def gather_numbers(self, values: npt.NDArray[np.int64], *, phase: str) -> list[npt.NDArray[np.int64]]:
         """Every rank's `values`, int64 and as many as it has, by rank. Two messages; of one length for all."""
         lengths = [length for (length,) in self.agree([len(values)], phase=phase)]
         mine = torch.zeros(max(lengths), dtype=torch.int64, device="cpu")
         mine[: len(values)] = torch.from_numpy(values)
-        theirs = [torch.empty_like(mine) for _ in lengths]
-        if len(mine):
-            with self._phase(phase):
-                dist.all_gather(theirs, mine, group=self._group)
+        if self._group is None or not len(mine):
+            return [mine.numpy() for _ in lengths]
+        with self._phase(phase):
+            theirs = self._group.all_gather(mine)
         return [numbers[:length].numpy() for numbers, length in zip(theirs, lengths, strict=True)]
 
     def pass_on(
@@ -192,19 +184,20 @@ class Ranks(StoreKeys):
         to memory, which must stay as it is until this returns. arrived: called with a letter's place here as soon as
         its bytes are, in order; must not raise.
         """
-        timeout = timedelta(seconds=self.timeout_s)  # to be given: that of the group is not for these
+        group, timeout = self._group, timedelta(seconds=self.timeout_s)
+        assert group is not None
         with self._phase(phase):
             routes = [_route(ranks, self.rank) for ranks, _ in letters]
             tensors = [torch.frombuffer(memory, dtype=torch.uint8) for _, memory in letters]
             awaited = [
-                None if source is None else dist.irecv(tensor, group=self._group, group_src=source)
+                None if source is None else group.receive(tensor, source)
                 for tensor, (source, _) in zip(tensors, routes, strict=True)
             ]
             sent: list[Any] = []
             for number, (tensor, (_, targets)) in enumerate(zip(tensors, routes, strict=True)):
                 if (work := awaited[number]) is not None:
                     work.wait(timeout)
-                sent += [dist.isend(tensor, group=self._group, group_dst=target) for target in targets]
+                sent += [group.send(tensor, target) for target in targets]
                 if work is not None:
                     arrived(number)
             for work in sent:
@@ -307,11 +300,8 @@ class Ranks(StoreKeys):
         if self._closed.is_set():
             return
         super().close()
-        # The group of a part of the world stays: torch names it by its members and the number of groups that exist, so
-        # the next one would get its name and find its dead addresses in the store (the fifth of a row failed).
-        if self._group is not None and dist.is_initialized() and self.world_size == dist.get_world_size():
-            with suppress(ValueError):  # it went with the world already
-                dist.destroy_process_group(self._group)
+        if self._group is not None:
+            self._group.close()
 
 
 def _route(ranks: Sequence[int], rank: int) -> tuple[int | None, list[int]]:
@@ -332,12 +322,3 @@ def _phase_code(phase: str) -> int:
 
 def _phase_name(code: int) -> str:
     return code.to_bytes(7, "big").lstrip(b"\0").decode(errors="replace")
-
-
-def _own_group(members: list[int], timeout_s: float) -> dist.ProcessGroup:
-    """A gloo group over `members`, for the manager alone: two users of one group mix up their messages."""
-    whole_world = len(members) == dist.get_world_size()
-    group = dist.new_group(
-        members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=not whole_world
-    )
-    return cast(dist.ProcessGroup, group)

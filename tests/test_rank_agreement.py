@@ -11,12 +11,14 @@ import pathlib
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -27,7 +29,7 @@ from asyncckpt.steps import read_listing, summarise
 from asyncckpt.testing import FaultyStorage
 from stagers import StagingError
 from tests.crew import Crew
-from tests.processes import Link
+from tests.processes import Job, Link
 from tests.states import raw_bytes, tensor_of
 
 
@@ -379,3 +381,172 @@ def test_all_ranks_name_the_same_steps_after_each_operation(four: Crew, tmp_path
     """
     results = four.run(live, str(tmp_path), seed, 40)
     assert results == [results[0]] * 4
+
+
+# -- several managers, and the trainer
+
+
+GROUPS: list[list[int] | None] = [None, [0, 1], [1, 2, 3], None]
+"""Of four managers, by their ranks; None: all of the world."""
+
+
+@functools.cache
+def group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """Made once per process, by all ranks together."""
+    return dist.new_group(list(ranks))
+
+
+def juggle(link: Link, path: str, seed: int, num_operations: int) -> list[Any]:
+    """Open, use and close four managers in an order that is the same on all ranks and otherwise random."""
+    groups = [None if ranks is None else group_of(tuple(ranks)) for ranks in GROUPS]
+    chance = random.Random(seed)
+    open_ones: dict[int, CheckpointManager] = {}
+    saved: dict[int, list[int]] = {}
+    seen: list[Any] = []
+    for step in range(num_operations):
+        number, action = chance.randrange(4), chance.choice(["save_async", "save_async", "save", "restore", "close"])
+        if link.rank not in (GROUPS[number] or range(4)):
+            continue
+        if number not in open_ones:
+            open_ones[number] = CheckpointManager(f"{path}/{number}", 1, process_group=groups[number])
+            assert open_ones[number].all_steps() == saved.get(number, [])
+        manager = open_ones[number]
+        match action:
+            case "save" | "save_async":
+                assert getattr(manager, action)(step, numbered(step + 1000 * number))
+                saved.setdefault(number, []).append(step)
+            case "restore":
+                target = numbered(-1)
+                found = manager.restore_latest(target)
+                assert found == (saved[number][-1] if number in saved else None)
+                assert found is None or target["mine"].value[0].item() == found + 1000 * number
+            case "close":
+                open_ones.pop(number).close()
+                seen.append((number, manager.all_steps()))
+    for number in chance.sample(range(4), 4):
+        if (left := open_ones.get(number)) is not None:
+            left.close()
+            seen.append((number, left.all_steps()))
+    assert dict(seen) == {number: saved.get(number, []) for number, _ in seen}
+    return [saved.get(number) for number in range(4)]
+
+
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 15))])
+def test_managers_of_overlapping_groups_do_not_interfere(four: Crew, tmp_path: pathlib.Path, seed: int) -> None:
+    """Opened, used and closed in any order, with saves of one in flight while another restores."""
+    results = four.run(juggle, str(tmp_path), seed, 40)
+    for number, ranks in enumerate(GROUPS):
+        steps = results[(ranks or [0])[0]][number] or []
+        assert all(results[rank][number] == (steps or None) for rank in ranks or range(4))
+        with CheckpointManager(f"{tmp_path}/{number}", 1) as manager:
+            assert manager.all_steps() == steps
+            for step in steps:
+                assert manager.verify(step)
+
+
+def train_ddp(rank: int, is_over: Callable[[int], bool]) -> tuple[int, torch.Tensor]:
+    """Over the group of the world, until it is over for all ranks: the number of steps, and the parameters."""
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(20, 20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step, over = 0, torch.zeros(1)
+    while not over:
+        model(tensor_of(torch.float32, 4, 20, seed=10 * step + rank)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        dist.all_reduce(over.fill_(is_over(step)), dist.ReduceOp.MIN)
+    return step, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def sum_up(group: dist.ProcessGroup, rank: int, is_over: Callable[[], bool]) -> set[float]:
+    sums: set[float] = set()
+    over = torch.zeros(1)
+    while not over:
+        value = torch.full((100,), float(rank))
+        dist.all_reduce(value, group=group)
+        sums |= set(value.tolist())
+        dist.all_reduce(over.fill_(is_over()), dist.ReduceOp.MIN, group=group)
+    return sums
+
+
+def save_beside_training(link: Link, path: str) -> list[Any]:
+    own, over, wrong = group_of((0, 1, 2, 3)), threading.Event(), []
+    assert own is not None
+    with (
+        ThreadPoolExecutor(2) as trainers,
+        CheckpointManager(f"{path}/a", 1, max_to_keep=2) as first,
+        CheckpointManager(f"{path}/b", 1) as second,
+    ):
+        training = trainers.submit(train_ddp, link.rank, lambda _: over.is_set())
+        summing = trainers.submit(sum_up, own, link.rank, over.is_set)
+        for step in range(12):
+            first.save_async(step, numbered(step))
+            if step % 3 == 0:
+                second.save(step, numbered(step))
+                target = numbered(-1)
+                wrong += [] if first.restore_latest(target) == step == target["w"][0].item() else [step]
+        over.set()
+        num_steps, parameters = training.result(60)
+        sums = summing.result(60)
+    _, alone = train_ddp(link.rank, lambda step: step == num_steps)
+    return [wrong, sums, torch.equal(parameters, alone), first.all_steps(), second.all_steps()]
+
+
+def test_saving_and_training_on_other_threads_do_not_disturb_each_other(four: Crew, tmp_path: pathlib.Path) -> None:
+    """DDP trains over the group of the world, another thread sums over one of its own, two managers save and restore:
+    the sums and every bit of the parameters are those of a run without them."""
+    assert four.run(save_beside_training, str(tmp_path)) == [[[], {6.0}, True, [10, 11], [0, 3, 6, 9]]] * 4
+
+
+def make_groups_beside(link: Link, path: str) -> list[Any]:
+    pair = mesh(2, 2).get_group(1)
+    some = CheckpointManager(f"{path}/part", 1, process_group=pair) if link.rank < 2 else None
+    with CheckpointManager(f"{path}/all", 1) as everyone:
+        tensor = on(TURNED, torch.ones(4, 4), Shard(0)).full_tensor()
+        if link.rank in (1, 2):
+            dist.all_reduce(tensor, group=dist.new_group([1, 2], use_local_synchronization=True))
+        if some is not None:
+            some.save(1, numbered(1))
+            some.close()
+        everyone.save(2, numbered(2))
+        return [tensor.sum().item(), everyone.all_steps()]
+
+
+def test_a_trainer_makes_its_groups_and_meshes_beside_managers(tmp_path: pathlib.Path) -> None:
+    """torch names some groups by how many a rank has: a manager that only some ranks are in must not count."""
+    with Crew(4) as crew:  # whose ranks have equally many so far
+        assert crew.run(make_groups_beside, str(tmp_path)) == [[16.0, [2]], [32.0, [2]], [32.0, [2]], [16.0, [2]]]
+
+
+def save_beside_nccl(link: Link, path: str) -> list[Any]:
+    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    dist.destroy_process_group()
+    dist.init_process_group("cuda:gloo", store=PrefixStore("nccl", store), rank=link.rank, world_size=3)
+    part = dist.new_group([0, 2])
+    refused = 0
+    try:
+        dist.all_reduce(torch.ones(1))
+    except RuntimeError:  # as over NCCL
+        refused += 1
+    with CheckpointManager(f"{path}/all", 1) as manager:
+        manager.save(1, numbered(1))
+        manager.save(2, numbered(2) | ({"more": torch.ones(3)} if link.rank == 1 else {}))
+        target = numbered(-1)
+        manager.restore(1, target)
+        manager.refresh()
+        seen = [refused, manager.all_steps(), target["mine"].value[0].item()]
+        if link.rank != 1:
+            with CheckpointManager(f"{path}/part", 1, process_group=part) as some:
+                some.save(7, numbered(7))
+                seen += some.all_steps()
+        dist.destroy_process_group()
+        manager.save(3, numbered(3))
+        return [*seen, manager.latest_step()]
+
+
+def test_a_trainers_group_that_takes_no_cpu_tensors_is_never_used(tmp_path: pathlib.Path) -> None:
+    """As NCCL's takes none: any message of ours over it would fail. A plan, a plan anew, a restore, a part of it; and
+    when it is gone the manager still saves."""
+    with Job(3, save_beside_nccl, str(tmp_path)) as job:
+        assert job.results() == [[1, [1, 2], 1.0, 7, 3], [1, [1, 2], 1.0, 3], [1, [1, 2], 1.0, 7, 3]]
