@@ -80,21 +80,24 @@ def saved_ranks(keys: Iterable[str]) -> dict[str, set[int]]:
 
 def source_rank(key: str, rank: int, ranks: Mapping[str, set[int]], world_size: int) -> int:
     """The rank to take `key` from. `rank` itself where no rank saved it: restoring then reports the missing key."""
-    saved = sorted(ranks.get(key, {rank}))
-    if rank == 0 and saved[-1] >= world_size:
-        gone = [other for other in saved if other >= world_size]
+    saved = ranks.get(key, {rank})
+    in_order = sorted(saved)
+
+    def source(of: int) -> int:
+        return of if of in saved else in_order[of % len(saved)]
+
+    if rank == 0 and (left := saved.difference(map(source, range(world_size)))):
         warnings.warn(
-            f"{key!r} was saved by {len(saved)} ranks, and {world_size} restore it: what the {len(gone)} from rank "
-            f"{gone[0]} on had stays in the checkpoint",
+            f"{key!r} was saved by {len(saved)} ranks, and {world_size} restore it: what {len(left)} of them had, from "
+            f"rank {min(left)} on, stays in the checkpoint",
             stacklevel=4,
         )
-    if rank in saved:
-        return rank
-    source = saved[rank % len(saved)]
-    warnings.warn(
-        f"{key!r} was saved by {len(saved)} ranks; rank {rank} was not there and takes rank {source}'s", stacklevel=4
-    )
-    return source
+    if source(rank) != rank:
+        warnings.warn(
+            f"{key!r} was saved by {len(saved)} ranks; rank {rank} was not there and takes rank {source(rank)}'s",
+            stacklevel=4,
+        )
+    return source(rank)
 
 
 def _expand(node: Mapping[str, Any], prefix: str, source: Callable[[str], int]) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def test_values_of_ranks_that_are_gone_stay_in_the_checkpoint(four: Crew, two: C
     for rank, (got, drawn, batch, warned) in enumerate(two.run(restore_own, str(tmp_path))):
         assert (got, drawn) == saved[rank]
         assert batch == order(2, rank)[12:14]
-        left = [text for text in warned if "what the 2 from rank 2 on had stays in the checkpoint" in text]
+        left = [text for text in warned if "what 2 of them had, from rank 2 on, stays in the checkpoint" in text]
         assert sorted(text.split("'")[1] for text in left) == (
             ["dataloader", "host", "rng", "seen"] if rank == 0 else []
         )

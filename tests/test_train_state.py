@@ -920,6 +920,19 @@ def test_more_ranks_than_saved_take_turns_with_a_warning():
     assert set(expand_per_rank({"a": {"b": PerRank(1)}}, 1, saved)["a"]) == {"b/rank_1"}
 
 
+def test_fewer_ranks_than_saved_leave_values_behind_with_a_warning():
+    """Rank 0 says so, once; nobody takes what is left, also of ranks whose numbers do not begin at 0."""
+    saved = [f"b/rank_{rank}" for rank in range(3)]
+    with pytest.warns(
+        UserWarning, match="saved by 3 ranks, and 2 restore it: what 1 of them had, from rank 2 on, stays"
+    ):
+        assert set(expand_per_rank({"b": PerRank(1)}, 0, saved, 2)) == {"b/rank_0"}
+    assert set(expand_per_rank({"b": PerRank(1)}, 1, saved, 2)) == {"b/rank_1"}
+    with pytest.warns(UserWarning, match="takes rank 7's") as warned:
+        assert set(expand_per_rank({"b": PerRank(1)}, 0, ["b/rank_7", "b/rank_8"], 2)) == {"b/rank_7"}
+    assert len(warned) == 1
+
+
 def test_a_rank_that_was_not_saved_gets_random_streams_of_its_own(monkeypatch, tmp_path):
     """Repeatable, and unlike those of the rank that they derive from."""
     seed(1)
