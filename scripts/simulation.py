@@ -1,7 +1,7 @@
 """A job of very many ranks as rank 0 meets it, in one process: what planning and saving cost, and what is exchanged.
 
-Rank 0 and rank 1 run the real code: SavePlanning, Ranks' keys on a real TCPStore, Saver. Of the others there is what
-they would send, made of rank 1's by the same code: their items, their reports. Collectives are answered from memory
+Rank 0 and rank 1 run the real code: SavePlanning, Ranks over a real TCPStore, Saver. Of the others there is what they
+would send, made of rank 1's by the same code: their items, their reports. Messages over gloo are answered from memory
 and counted; storage keeps names and sizes. Not simulated: the network, and ranks that are late. Called by
 simulation_report.py, which prints it.
 
@@ -11,7 +11,6 @@ time that answers of the store take.
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 from collections import defaultdict
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -29,10 +29,11 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from asyncckpt import plan, save
+from asyncckpt import gloo_group, plan, save
 from asyncckpt.chunks import ChunkTable, Placement
 from asyncckpt.framing import Layout
 from asyncckpt.global_plan import LocalItems
+from asyncckpt.gloo_group import GlooGroup
 from asyncckpt.index import RunIndex
 from asyncckpt.manifest import FileRecord, decode_manifest, encode_records
 from asyncckpt.plan import PlannedSave, SavePlanning
@@ -111,12 +112,12 @@ def state_of(rank: int, num_ranks: int, num_parameters: int) -> dict[str, Any]:
 
 @dataclass
 class Traffic:
-    """Of one rank in one phase. requests: of torch's store. collective_bytes, store_bytes: sent and received."""
+    """Of one rank in one phase. messages: over gloo. requests: of torch's store. Bytes are sent and received."""
 
-    collectives: int = 0
+    messages: int = 0
+    message_bytes: int = 0
     requests: int = 0
-    collective_bytes: int = 0
-    store_bytes: int = 0
+    request_bytes: int = 0
 
 
 class Ledger:
@@ -129,12 +130,11 @@ class Ledger:
     def of(self, rank: int) -> Traffic:
         return self.traffic[self.phase][rank]
 
-    def collective(self, bytes_each: int) -> None:
-        """bytes_each: that each other rank sends and receives."""
-        for rank in (0, OTHER):
-            self.of(rank).collectives += 1
-        self.of(OTHER).requests += 1  # Ranks._phase; rank 0's is counted where it is made
-        self.of(OTHER).collective_bytes += bytes_each
+    def message(self, num_bytes: int) -> None:
+        """Between rank 0 and OTHER."""
+        other = self.of(OTHER)
+        other.messages += 1
+        other.message_bytes += num_bytes
 
 
 class CountedStore:
@@ -148,7 +148,7 @@ class CountedStore:
             answer = getattr(self._store, name)(*values)
             traffic = self._ledger.of(self._rank)
             traffic.requests += 1
-            traffic.store_bytes += _num_bytes(values) + _num_bytes(answer)
+            traffic.request_bytes += _num_bytes(values) + _num_bytes(answer)
             return answer
 
         return ask
@@ -160,32 +160,36 @@ def _num_bytes(value: Any) -> int:
     return len(value) if isinstance(value, bytes | str) else 8
 
 
-class Coordinator(Ranks):
-    """Rank 0 of ranks that are not there. items: theirs, as they would send them."""
+class SimulatedGroup(GlooGroup):
+    """Rank 0's end of a group whose other ranks are not there. items: theirs, as they would send them."""
 
-    def __init__(self, store: Any, num_ranks: int, ledger: Ledger, items: Iterable[bytes]) -> None:
-        super().__init__(None, store, store, rank=0, world_size=num_ranks, timeout_s=600.0)
-        self._ledger = ledger
-        self._sent = [pickle.dumps(of_rank) for of_rank in items]
+    def __init__(self, num_ranks: int, ledger: Ledger, items: Iterable[bytes]) -> None:
+        self.rank, self.world_size, self.timeout = 0, num_ranks, timedelta(seconds=600)
         self.shares: Sequence[Any] = ()
+        self._ledger = ledger
+        self._items = [gloo_group._pickled(of_rank) for of_rank in items]
 
-    def agree(self, values: Sequence[int], *, phase: str) -> list[list[int]]:
-        with self._phase(phase):
-            self._ledger.collective(48 * (1 + self.world_size))  # gather, and broadcast of all
-        return [list(values) for _ in range(self.world_size)]
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        self._ledger.message(mine.nbytes)
+        return mine.repeat(self.world_size, 1)
 
-    def gather_objects(self, value: Any, *, phase: str) -> list[Any]:
-        with self._phase(phase):
-            # torch tells all ranks all lengths, and each sends as much as the longest
-            self._ledger.collective(8 * self.world_size + max(map(len, self._sent)))
-            return [value, *map(pickle.loads, self._sent)]
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._ledger.message(tensor.nbytes)
+        return tensor
 
-    def scatter_objects(self, values: Sequence[Any] | None, *, phase: str) -> Any:
-        assert values is not None
-        with self._phase(phase):
-            self.shares = values
-            self._ledger.collective(8 + max(len(pickle.dumps(share)) for share in values))
-        return values[0]
+    def gather_objects(self, value: Any) -> list[Any]:
+        self.gather(torch.tensor([0]))
+        self._ledger.message(self._items[0].nbytes)
+        return [value, *map(gloo_group._unpickled, self._items)]
+
+    def scatter_objects(self, values: Sequence[Any] | None) -> Any:
+        self.shares = values or ()
+        return super().scatter_objects(values)
+
+    def send(self, tensor: torch.Tensor, rank: int) -> Any:
+        if rank == OTHER:
+            self._ledger.message(tensor.nbytes)
+        return SimpleNamespace(wait=lambda _: None)
 
 
 class Names:
@@ -373,7 +377,8 @@ class SimulatedJob:
         self._timer = Timer()
         self._store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
         self._others = Others(num_ranks, num_parameters)
-        self._coordinator = Coordinator(self._client(0), num_ranks, self.ledger, self._others.items())
+        self._group = SimulatedGroup(num_ranks, self.ledger, self._others.items())
+        self._coordinator = self._ranks(0)
         self.num_items = num_ranks * self._others.num_items
         self.poll_s = self._coordinator.poll_s
         self.each_s = {"plan": self._others.plan_s}
@@ -390,11 +395,13 @@ class SimulatedJob:
                 planning.check(state, 1)
                 rows = self._coordinator.agree([0, 0, is_new, 0, 0], phase="save")
                 planned = planning.plan(state, state, 1, replan=any(row[2] for row in rows))
+            traffic = self.ledger.traffic[phase]
+            traffic[OTHER].requests = traffic[0].requests  # one before each collective
         return planned
 
     def _save(self, planned: PlannedSave) -> None:
-        writes = [self._others.writes(rank, share) for rank, share in enumerate(self._coordinator.shares)]
-        self.num_chunks = sum(map(len, self._coordinator.shares))
+        writes = [self._others.writes(rank, share) for rank, share in enumerate(self._group.shares)]
+        self.num_chunks = sum(map(len, self._group.shares))
         self.num_bytes = sum(file.size for of_rank in writes for file in of_rank[0].files)
         savers = [self._saver(self._coordinator, writes[0]), self._saver(self._ranks(OTHER), writes[OTHER])]
         snapshot: Any = SimpleNamespace(wait=lambda: None, release=lambda: None)
@@ -407,11 +414,16 @@ class SimulatedJob:
                 for file in of_rank[number].files:
                     self.storage.add(f"{job.folder}/{file.name}", file.size)
                 if rank > OTHER:
-                    self._ranks(rank, counted=False).post(job.attempt, save._reply(None, of_rank[number].report))
+                    self._post(rank, job.attempt, of_rank[number].report)
             with self._measured(phase), ThreadPoolExecutor(1) as thread:
                 other = thread.submit(savers[1].run, job)
                 savers[0].run(job)()
                 other.result()()
+
+    def _post(self, rank: int, key: str, report: bytes) -> None:
+        ranks = self._ranks(rank, counted=False)
+        ranks.post(key, save._reply(None, report))
+        ranks.close()  # or its thread would stay
 
     def _search(self) -> None:
         """For a rank whose report is not there, as every rank does that gives up."""
@@ -434,7 +446,8 @@ class SimulatedJob:
 
     def _ranks(self, rank: int, *, counted: bool = True) -> Ranks:
         store = self._client(rank) if counted else self._store
-        return Ranks(None, store, store, rank=rank, world_size=self.num_ranks, timeout_s=600.0)
+        group = self._group if rank == 0 else None
+        return Ranks(group, store, store, rank=rank, world_size=self.num_ranks, timeout_s=600.0)
 
     def _saver(self, ranks: Ranks, writes: Sequence[Written]) -> SimulatedSaver:
         saver = SimulatedSaver(self.storage, ranks, RunIndex(), None, lambda _: None, 600.0, lambda _: None)

@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.simulation import OTHER, SAVES, TIMED, WHO_IS_MISSING, SimulatedJob
+from scripts.simulation import OTHER, PAGE_KEYS, SAVES, TIMED, WHO_IS_MISSING, SimulatedJob
 
 CURVE = (8, 64, 256, 1024, 4096)
 PUTS_PER_S = 3_500
@@ -61,13 +61,13 @@ def document(job: SimulatedJob) -> dict[str, Any]:
     exchanged = {}
     for phase, traffic in job.ledger.traffic.items():
         first, other = traffic[0], traffic[OTHER]
-        bytes_each = other.collective_bytes + other.store_bytes
+        bytes_each = other.message_bytes + other.request_bytes
         exchanged[phase] = {
-            "collectives": other.collectives,
+            "messages_each": other.messages,
             "requests_coordinator": first.requests,
             "requests_each": other.requests,
             "bytes_each": bytes_each,
-            "bytes_in_all": bytes_each * (job.num_ranks - 1) + first.store_bytes,
+            "bytes_in_all": bytes_each * (job.num_ranks - 1) + first.request_bytes,
         }
     return {
         "ranks": job.num_ranks,
@@ -94,6 +94,8 @@ def at_any_time(job: SimulatedJob) -> dict[str, float]:
         "mesh_store_requests": mesh_requests,
         "mesh_store_bytes": mesh_bytes,
         "idle_store_requests_per_s": num_ranks / max(SYNC_POLL_S, job.poll_s),
+        # Every rank lists the files of the step, and reads its manifest.
+        "restore_lists": num_ranks * -(-(num_ranks + 2) // PAGE_KEYS),
         "restore_manifest_bytes": num_ranks * len(job.storage.written["manifest"]),
     }
 
@@ -125,11 +127,11 @@ def seconds_table(job: Mapping[str, Any], title: str) -> Table:
 
 def exchange_table(job: Mapping[str, Any]) -> Table:
     table = new_table(
-        "Exchanged", ["", "collectives", "store requests, rank 0", "any other", "bytes, any other", "in all"]
+        "Exchanged", ["", "messages", "store requests, rank 0", "any other", "bytes, any other", "in all"]
     )
     for phase, sent in job["exchanged"].items():
         table.add_row(
-            phase, str(sent["collectives"]), str(sent["requests_coordinator"]), str(sent["requests_each"]),
+            phase, str(sent["messages_each"]), str(sent["requests_coordinator"]), str(sent["requests_each"]),
             _mb(sent["bytes_each"]), _mb(sent["bytes_in_all"]),
         )  # fmt: skip
     return table
@@ -144,7 +146,8 @@ def other_table(job: Mapping[str, Any]) -> Table:
     table.add_row(f"these PUTs at {PUTS_PER_S:,}/s of one prefix", f"{num_puts / PUTS_PER_S:.1f} s")
     table.add_row("manifest, .metadata", f"{_mb(job['manifest_bytes'])}, {_mb(job['metadata_bytes'])}")
     table.add_row("manifest read by all ranks to restore", _mb(standing["restore_manifest_bytes"]))
-    table.add_row("opened by each in", f"{each_s['open manifest']:.2f} s")
+    table.add_row("LISTs of all ranks to restore", f"{standing['restore_lists']:,}")
+    table.add_row("manifest opened by each in", f"{each_s['open manifest']:.2f} s")
     table.add_row("planned by each in, first", f"{each_s['plan']:.2f} s")
     table.add_row(f"{WHO_IS_MISSING}, asked by one rank", f"{each_s[WHO_IS_MISSING]:.3f} s")
     table.add_row(

@@ -55,9 +55,9 @@ def test_what_other_ranks_send_is_what_their_planner_makes() -> None:
 
 
 def test_in_steady_state_ranks_exchange_no_plan(found: Mapping[str, Any]) -> None:
-    """One collective, and reports of what has changed."""
+    """Two messages to agree, and reports of what has changed."""
     exchanged = found["exchanged"]
-    assert [exchanged[phase]["collectives"] for phase in ("plan, first", "plan", *SAVES)] == [3, 1, 0, 0, 0]
+    assert [exchanged[phase]["messages_each"] for phase in ("plan, first", "plan", *SAVES)] == [6, 2, 0, 0, 0]
     first, again, moved = (exchanged[phase]["bytes_each"] for phase in SAVES)
     assert again < moved < first
     assert set(found["coordinator_s"]["plan"]) == {"all else", "in all"}
