@@ -288,6 +288,7 @@ class CheckpointManager:
 
     def _why_too_late(self, step: int, state: State) -> str:
         """Why a save at this step would be too late, or "": the same word on all ranks. A collective call."""
+        self._ranks.step = step
         rows = self._ranks.agree([step, self._grace.is_running], phase="preempt")
         if not any(row[1] for row in rows):
             return ""
