@@ -238,6 +238,8 @@ def _flatten_tensor(value: Tensor, tensors: list[Tensor]) -> Spec:
         tensors.append(value)
         return TENSOR
     kind = type(value)
+    if hasattr(kind, "global_tensor"):  # torch_xla's XLAShardedTensor: around one tensor, and a DTensor by name only
+        return _flatten_tensor(value.global_tensor, tensors)  # type: ignore[attr-defined]
     if hasattr(kind, "__tensor_flatten__"):
         if hasattr(kind, "trigger_wait"):  # AsyncCollectiveTensor: a collective may still be writing it
             return _flatten_tensor(value.trigger_wait(), tensors)  # type: ignore[attr-defined]
