@@ -34,7 +34,8 @@ General layout, in the order in which a save passes through it (each module impo
     dcp                               the same format under stock dcp.save and dcp.load
     testing                           what every storage must do, for our tests and yours
 
-The package `stagers` copies state to host memory and knows nothing of this one.
+The package `stagers` copies state to host memory and knows nothing of this one. `integrations` (xla) stand last: each
+is imported by users alone, and may use all of the above.
 """
 
 from asyncckpt.dcp import ShardReader, ShardWriter

@@ -48,6 +48,10 @@ class RunIndex:
         with self._lock:
             return step in self._foreign
 
+    def foreign_steps(self) -> list[int]:
+        with self._lock:
+            return sorted(self._foreign)
+
     def take_sequence(self) -> int:
         with self._lock:
             self._next_sequence += 1

@@ -1,11 +1,12 @@
 """What torch_xla's CheckpointManager does wrong, one test each: here it is right. See its experimental/
-distributed_checkpoint/manager.py, torch_xla 2.9.0. Pruning on all ranks is in test_many_ranks.py; lost shards of
-partially replicated XLA tensors are its planner's."""
+distributed_checkpoint/manager.py, torch_xla 2.9.0. Pruning on all ranks is in test_many_ranks.py; XLA tensors are in
+tests/xla/."""
 
 from __future__ import annotations
 
 import datetime
 import errno
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -113,3 +114,10 @@ def test_a_network_error_does_not_look_like_a_fresh_start(
     monkeypatch.setattr("asyncckpt.storage_local.LocalStorage.list_files", unreachable)
     with pytest.raises(CheckpointError, match=r"cannot be listed.*unreachable"):
         CheckpointManager(str(tmp_path), 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is not None, reason="torch_xla is here")
+def test_where_torch_xla_is_missing_its_integration_says_what_to_install() -> None:
+    """Each release of it works with one minor release of torch."""
+    with pytest.raises(ImportError, match=r"pip install 'torch==2\.9\.\*' 'torch_xla==2\.9\.\*'"):
+        importlib.import_module("asyncckpt.integrations.xla")
