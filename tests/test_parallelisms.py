@@ -15,7 +15,8 @@ import pytest
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from tests.crew import Crew
-from tests.parallel_runs import Saved, resume, resume_plain, run_and_save, run_and_save_plain, together
+from tests.parallel_runs import Saved, resume, resume_plain, run_and_save, run_and_save_plain
+from tests.pieces import together
 
 SAVED = [
     "whole", "ddp@2", "ddp@3", "fsdp1@2", "fsdp1@4", "fsdp@2", "fsdp@3", "fsdp@4", "hsdp@4", "tp@3", "fsdp+tp@4",
