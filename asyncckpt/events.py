@@ -136,7 +136,8 @@ class Merged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped(Event):
-    """A save that was due did not happen, or storage cannot do what the design asks (training or writer thread)."""
+    """A save that was due did not happen, or is not over when the grace period is; or storage cannot do what the design
+    asks (training or writer thread)."""
 
     reason: str
 

@@ -8,6 +8,7 @@ all could. Nothing here moves bytes, and the writer thread never calls back into
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -139,7 +140,8 @@ class CheckpointManager:
         except BaseException:
             self._uninstall_sigterm()
             raise
-        self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout))
+        # Within a grace period so that a rank that does not answer can be told of, and asked again.
+        self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout, (grace_period or math.inf) / 3))
         self._ask_again()  # if SIGTERM came meanwhile
         self._planning = SavePlanning(self._ranks, save_planner, self._safe_globals)
         self._max_pending = max_pending_async
