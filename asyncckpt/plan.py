@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 from asyncckpt.chunks import Keys, Numbers, keys_of
 from asyncckpt.errors import SaveError
@@ -89,6 +90,16 @@ def check_savable(state_dict: Mapping[str, Any], safe_globals: Iterable[Any]) ->
             check_object(leaf.value, safe_globals, fqn)
             objects[fqn] = path
     return objects
+
+
+def _check_summed(state_dict: Mapping[str, Any]) -> None:
+    """torch 2.9 plans a Partial DTensor as if each rank had the sum; later ones refuse it."""
+    for fqn, leaf in leaves(state_dict).items():
+        if isinstance(leaf.value, DTensor) and any(placement.is_partial() for placement in leaf.value.placements):
+            raise SaveError(
+                f"{fqn!r} is a DTensor whose sum over ranks is yet to be made: {leaf.value.placements}. Nothing was "
+                "written. Save `value.full_tensor()`, or redistribute it first."
+            )
 
 
 def value_at(state_dict: Mapping[str, Any], path: Path) -> Any:
@@ -211,6 +222,7 @@ class SavePlanning:
         return PlannedSave(self._plan, state_dict, planner, replan)
 
     def _local_plan(self, planner: SavePlanner, state_dict: StateDict) -> SavePlan:
+        _check_summed(state_dict)
         planner.set_up_planner(state_dict=state_dict, is_coordinator=self._ranks.is_coordinator)
         return planner.create_local_plan()
 

@@ -67,6 +67,7 @@ def serve(link: Link) -> None:
     warnings.simplefilter("error")
     # as in pyproject.toml, which says why
     warnings.filterwarnings("ignore", "Sending a large body directly with raw bytes", ResourceWarning)
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
     while True:
         body, args = link.receive()
         try:
