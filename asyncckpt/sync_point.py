@@ -16,6 +16,10 @@ from typing import Any
 
 from asyncckpt.ranks import Ranks
 
+_STUCK_S = 60.0
+"""A watcher thread that has not come back from the store by then is given up for good: a guess. Not less for a short
+timeout: on a machine that does much else half a second was too little."""
+
 
 class SyncPoint:
     """Agreement of all ranks on the next step to save at, asked for by any rank at any time.
@@ -68,7 +72,7 @@ class SyncPoint:
         if self._watcher is None and self._asked:
             self._poll()
         with self._state:
-            if not self._state.wait_for(lambda: not self._in_round, timeout=2 * self._timeout_s):
+            if not self._state.wait_for(lambda: not self._in_round, max(2 * self._timeout_s, _STUCK_S)):
                 self._closing = True  # its answer, should it still come, is too late
                 self._give_up(f"the watcher thread of rank {self._ranks.rank} is stuck in a store call")
             self._last_step = step
