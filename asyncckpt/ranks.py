@@ -40,6 +40,9 @@ T = TypeVar("T")
 # Of one length, whatever is agreed on: gloo aborts the process of a rank that gets more than it expects, and sends
 # nothing at all for a tensor without elements.
 _NUM_AGREED = 5
+_CONSTRUCTING = "constructing the manager (every rank must)"
+_BROKEN = "broken"
+"""The key of ranks whose collective failed."""
 
 
 class _Collective(NamedTuple):
@@ -64,17 +67,15 @@ class Ranks(StoreKeys):
         world_size: int,
         timeout_s: float,
         tell: Callable[..., None] = tell_nobody,
-        num_entered: int = 0,
     ) -> None:
         """`join` is the way to get one. store, training_store: two clients of one store, as a client serves one call at
-        a time and the training thread must not wait for a writer's transfer. num_entered: collectives, so far."""
+        a time and the training thread must not wait for a writer's transfer."""
         super().__init__(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
         self.step = -1
         """What the training thread's collectives are about, for reports; -1: no step."""
         self._group = group
         self._training_store = training_store
-        self._num_entered = num_entered
-        self._broken_key = f"broken/{num_entered}"
+        self._num_entered = 0
         self._collective: _Collective | None = None
         self._tell = tell
         self._broken: str | None = None
@@ -105,25 +106,50 @@ class Ranks(StoreKeys):
         if len(members) == 1:
             nobody = HashStore()
             return cls(None, nobody, nobody, rank=0, world_size=1, timeout_s=timeout_s)
-        rank = members.index(dist.get_rank())
+        at = {"rank": members.index(dist.get_rank()), "world_size": len(members)}
         store: Store = dist.distributed_c10d._get_default_store()
-        # Counts joins with these members: the same number on all of them, unless one is missing.
-        entrance = PrefixStore(f"asyncckpt/join/{zlib.crc32(repr(members).encode())}", store)
-        arrivals = cls(
-            None, entrance, entrance, rank=rank, world_size=len(members), timeout_s=timeout_s,
-            num_entered=entrance.add(str(rank), 0),
-        )  # fmt: skip
-        with arrivals._phase("constructing the manager (every rank must)"):
-            meeting = PrefixStore(f"group/{arrivals._num_entered}", entrance)
-            group = GlooGroup(meeting, rank=rank, world_size=len(members), timeout_s=timeout_s)
-            name = group.broadcast_object(uuid.uuid4().hex)  # two managers of one job must not read each other's keys
+        entrance = StoreKeys(
+            PrefixStore(f"asyncckpt/join/{zlib.crc32(repr(members).encode())}", store), **at, timeout_s=timeout_s
+        )
+        try:
+            name = _own_name(entrance)
             own, trainers = (PrefixStore(f"asyncckpt/{name}", client) for client in (store.clone(), store))
-        return cls(group, own, trainers, rank=rank, world_size=len(members), timeout_s=timeout_s, tell=tell)
+            ranks = cls(None, own, trainers, **at, timeout_s=timeout_s, tell=tell)
+            with ranks._phase(_CONSTRUCTING):
+                if ranks.is_coordinator:
+                    ranks._welcome(entrance, name)
+                ranks._group = GlooGroup(PrefixStore("group", own), **at, timeout_s=timeout_s)
+        finally:
+            entrance.close()
+        return ranks
+
+    def _welcome(self, entrance: StoreKeys, name: str) -> None:
+        """Answer every rank that comes with the name, until all have it."""
+        answered: dict[int, str] = {}
+
+        def answer() -> bool | None:
+            late = self._behind(1)
+            for rank in late:
+                if (word := entrance.posted("hello", rank)) and answered.get(rank) != word.decode():
+                    answered[rank] = word.decode()
+                    entrance.announce(f"welcome/{answered[rank]}", name.encode())
+            return None if late else True
+
+        self._await(
+            _CONSTRUCTING,
+            answer,
+            self.timeout_s,
+            lambda waited_s: self._tell_delay(_CONSTRUCTING, self._behind(1), waited_s),
+        )
+        for word in answered.values():
+            entrance.forget(f"welcome/{word}")
+        if late := self._behind(1):
+            raise TimeoutError(f"ranks {late} did not come")
 
     # -- training thread: collectives
 
     def agree(self, values: Sequence[int], *, phase: str) -> list[list[int]]:
-        """Every rank's `values`, by rank: at most 5 of int64, the same number on every rank. One small message.
+        """Every rank's `values`, by rank: at most 5 of int64, the same number on every rank. Small messages.
 
         Returns when every rank has come. Raises CheckpointError on all of them if one is in another phase.
         """
@@ -132,8 +158,7 @@ class Ranks(StoreKeys):
         code = _phase_code(phase)
         with self._phase(phase):
             mine = torch.tensor([code, *values, *[0] * (_NUM_AGREED - len(values))], dtype=torch.int64, device="cpu")
-            # Not all_gather, a ring that takes each rank's turn: 16 ranks on 2 cores 46 ms, this 12 ms (8: 21 and 12).
-            rows = self._group.broadcast(self._group.gather(mine)).tolist()
+            rows = self._told(self._group, self._group.gather(mine)).tolist()
         for rank, row in enumerate(rows):
             if row[0] != code:
                 raise CheckpointError(
@@ -142,6 +167,20 @@ class Ranks(StoreKeys):
                     rank=rank,
                 )
         return [row[1 : 1 + len(values)] for row in rows]
+
+    def _told(self, group: GlooGroup, rows: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `rows` for all. Those of the other ranks are nearly always the same, and then go as one: all of them
+        to all ranks would grow with the square of their number.
+
+        Not all_gather, a ring that takes each rank's turn: 16 ranks on 2 cores 46 ms, gather and broadcast 12 ms.
+        """
+        head = torch.empty((3, rows.shape[1]), dtype=torch.int64, device="cpu")
+        if self.is_coordinator:
+            head[0] = bool((rows[1:] == rows[1]).all())
+            head[1:] = rows[:2]
+        if group.broadcast(head)[0, 0]:
+            return torch.cat((head[1:2], head[2:].expand(self.world_size - 1, -1)))
+        return group.broadcast(rows)
 
     def gather_objects(self, value: T, *, phase: str) -> list[T]:
         """Every rank's picklable `value`, by rank, on the coordinator; empty elsewhere."""
@@ -234,7 +273,7 @@ class Ranks(StoreKeys):
         try:
             to_blame, found = self._who_is_missing(took_s)
             word = json.dumps([to_blame, f"{failed}: {found}"]).encode()
-            first_to_blame, first = json.loads(self.claim(self._broken_key, word))
+            first_to_blame, first = json.loads(self.claim(_BROKEN, word))
             if first_to_blame and first_to_blame != to_blame:
                 to_blame, found = first_to_blame, f"it had been given up: {first}"
         except CheckpointError:
@@ -249,12 +288,12 @@ class Ranks(StoreKeys):
         """(ranks, what of them) in the collective that failed, if it shows. Where a connection broke, who is merely
         late gets some time to come, and everybody to answer: a guess."""
         grace_s = min(5.0, self.timeout_s / 10)
-        self.post(self._broken_key, b"")
+        self.post(_BROKEN, b"")
         late = self._after_grace(lambda: self._behind(self._num_entered), min(grace_s, self.timeout_s - took_s))
         if late:
             return late, f"ranks {late} of {self.world_size} did not take part"
         if self._group is not None:  # else nobody watches yet
-            self.announce(f"{self._broken_key}/who", b"")
+            self.announce(f"{_BROKEN}/who", b"")
             silent = self._after_grace(self._silent, grace_s)
             if silent:
                 return silent, f"ranks {silent} of {self.world_size} took part, but died or were stopped meanwhile"
@@ -273,7 +312,7 @@ class Ranks(StoreKeys):
 
     def _silent(self) -> list[int]:
         """The ranks that neither are done with the collective that failed nor answer."""
-        missing = self.missing(self._broken_key)
+        missing = self.missing(_BROKEN)
         return sorted(set(missing) & set(self._behind(self._num_entered + 1))) if missing else []
 
     def watch(self) -> None:
@@ -282,18 +321,21 @@ class Ranks(StoreKeys):
         waiting = self._collective
         if waiting is None:
             return
-        if self.announced(f"{self._broken_key}/who") is not None:
-            self.post(self._broken_key, b"")
+        if self.announced(f"{_BROKEN}/who") is not None:
+            self.post(_BROKEN, b"")
         if not waiting.patience.is_over(waited_s := time.monotonic() - waiting.started):
             return
         if any(self._counts([str(lower)])[0] >= waiting.number for lower in range(self.rank)):
             return
         late = self._behind(waiting.number)
-        if late and self._collective is waiting:
+        if self._collective is waiting:
+            self._tell_delay(waiting.phase, late, waited_s)
+
+    def _tell_delay(self, phase: str, late: Sequence[int], waited_s: float) -> None:
+        if late:
             self._tell(
-                events.Delayed, step=self.step, rank=self.rank,
-                phase=waiting.phase, ranks=tuple(late), waited_s=waited_s,
-            )  # fmt: skip
+                events.Delayed, step=self.step, rank=self.rank, phase=phase, ranks=tuple(late), waited_s=waited_s
+            )
 
     def close(self) -> None:
         """End every wait of other threads and drop the group; idempotent, and waits for no other rank."""
@@ -314,6 +356,24 @@ def _route(ranks: Sequence[int], rank: int) -> tuple[int | None, list[int]]:
         targets.append(ranks[place + step])
         step *= 2
     return source, targets
+
+
+def _own_name(entrance: StoreKeys) -> str:
+    """What no other manager of the job is called, nor any of an earlier launch: where torchrun starts the ranks again,
+    it keeps the store, and in it all that the last ones left, some of them more than others (torch 2.13). So nothing in
+    it is believed but an answer to a word that is new."""
+    word, name = uuid.uuid4().hex, uuid.uuid4().hex
+    entrance.post("hello", word.encode())
+    if entrance.is_coordinator:
+        return name
+    try:
+        return entrance.await_announcement(f"welcome/{word}", entrance.timeout_s).decode()
+    except TimeoutError as exc:
+        raise CheckpointError(
+            f"{_CONSTRUCTING} failed on rank {entrance.rank} after {entrance.timeout_s:g} s: ranks [0] of "
+            f"{entrance.world_size} did not take part. Committed steps are safe.",
+            rank=0,
+        ) from exc
 
 
 def _phase_code(phase: str) -> int:

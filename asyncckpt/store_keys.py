@@ -66,6 +66,10 @@ class StoreKeys:
         """Leave this rank's `data` of any size under `key` for `collect`."""
         self._put(f"{key}/{self.rank}", data)
 
+    def posted(self, key: str, rank: int) -> bytes | None:
+        """What a rank has posted under `key`, or None. Does not wait."""
+        return self._peek(f"{key}/{rank}")
+
     def has_posted(self, key: str, rank: int) -> bool:
         return self._have([f"{key}/{rank}"])
 
@@ -110,8 +114,7 @@ class StoreKeys:
 
     def announced(self, key: str) -> bytes | None:
         """What was announced under `key`, or None. Does not wait."""
-        name = f"{key}/all"
-        return self._get([name])[0] if self._have([name]) else None
+        return self._peek(f"{key}/all")
 
     def await_announcement(
         self, key: str, timeout_s: float, *, beyond: bytes = b"", on_wait: Callable[[float], None] = tell_nobody
@@ -140,6 +143,9 @@ class StoreKeys:
 
     def _posts(self, key: str) -> list[list[str]]:
         return _portions([f"{key}/{rank}" for rank in range(self.world_size)])
+
+    def _peek(self, name: str) -> bytes | None:
+        return self._get([name])[0] if self._have([name]) else None
 
     def _have(self, names: list[str]) -> bool:
         """Whether all are there."""

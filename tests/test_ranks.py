@@ -343,6 +343,32 @@ def test_a_manager_constructed_on_some_ranks_only_says_so() -> None:
     assert "ranks [1, 2] of 3 did not take part" in message
 
 
+def join_where_others_were(link: Link) -> list[Any]:
+    message = failure(lambda: Ranks.join(timeout_s=1.0)) if link.rank < 2 else ""
+    link.send()
+    link.receive()
+    ranks = Ranks.join(timeout_s=60.0)
+    seen = [message, ranks.agree([link.rank], phase="save")]
+    link.send()
+    link.receive()
+    ranks.close()
+    return seen
+
+
+def test_what_an_earlier_launch_left_in_the_store_misleads_nobody() -> None:
+    """torchrun starts ranks again beside the same store: here two had begun to construct a manager, and one had not."""
+    with Job(3, join_where_others_were) as job:
+        for _ in range(2):
+            for rank in range(3):
+                job.hear(rank)
+            for rank in range(3):
+                job.tell(rank)
+        results = job.results()
+    assert [agreed for _, agreed in results] == [[[0], [1], [2]]] * 3
+    assert "ranks [2] of 3 did not take part" in results[0][0]
+    assert "constructing the manager (every rank must) failed on rank 1" in results[1][0]
+
+
 def outlive_the_store(link: Link) -> str:
     ranks = Ranks.join()
     link.send()
