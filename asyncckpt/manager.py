@@ -326,6 +326,8 @@ class CheckpointManager:
             structure = getattr(snapshot, "structure", None)
             is_new = not self._planning.is_current(structure)
             sequence, token = self._index.take_sequence(), new_token()
+            if not self._ranks.is_coordinator:  # rank 0's hold, and messages that are alike are short
+                sequence = token = 0
             rows = self._ranks.agree([status, step, is_new, sequence, token], phase="save")
             self._raise_disagreement(step, rows, failure)
             assert snapshot is not None
