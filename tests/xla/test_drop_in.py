@@ -150,6 +150,7 @@ def test_a_run_on_a_2x2_mesh_goes_on_on_a_4x1_mesh_bit_for_bit(tmp_path: pathlib
 def test_asyncckpt_s_own_manager_takes_the_stager_and_the_planners(tmp_path: pathlib.Path, planners: Any) -> None:
     """For several saves; what it loads without the planner is whole tensors on the CPU, as from any checkpoint."""
     with asyncckpt.CheckpointManager(str(tmp_path), 1, stager=XlaStager(), **planners) as manager:
+        manager.prewarm(state(0))
         for step in range(3):
             manager.save_async(step, state(step))
         manager.save(3, state(3))
