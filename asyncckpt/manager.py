@@ -37,7 +37,7 @@ from asyncckpt.plan import SavePlanning
 from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
 from asyncckpt.preemption import GracePeriod, SavePace, SigtermHandler, in_ms, why_too_late
 from asyncckpt.ranks import Ranks
-from asyncckpt.restore import OpenStep, Restoring, open_step, prepare, read
+from asyncckpt.restore import Index, OpenStep, Restoring, open_step, prepare, read, read_index
 from asyncckpt.save import SaveJob, Saver
 from asyncckpt.state import State, for_restore, for_save, num_bytes_of, take_restored
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
@@ -528,7 +528,7 @@ class CheckpointManager:
         self.wait_staged()
         for _ in range(3):  # once more if another run saves the step anew while we read it
             # Two agreements, so that nothing is changed on any rank while one has found that it cannot restore.
-            sequences, restoring = self._on_all_ranks(step, self._prepare, state)
+            sequences, restoring = self._on_all_ranks(step, self._prepare, state, self._shared_index(step))
             if len(set(sequences)) > 1:
                 continue
             ignored = self._unasked_by_all(restoring.unasked)
@@ -586,10 +586,25 @@ class CheckpointManager:
         asked = self._ranks.gather_objects(set(candidates) - set(unasked), phase="restore")
         return self._ranks.broadcast_object(tuple(sorted(set(candidates).difference(*asked))), phase="restore")
 
-    def _prepare(self, step: int, state: TrainState | dict[str, Any]) -> tuple[int, Restoring]:
+    def _shared_index(self, step: int) -> Index | None:
+        """With `read_once` the manifest as rank 0 read it. None: each rank reads it, and hears what is wrong."""
+        if not self._read_once or self._ranks.world_size == 1:
+            return None
+        rows = self._ranks.agree([step], phase="restore")
+        if any(row != [step] for row in rows):
+            return None
+        index = None
+        if self._ranks.is_coordinator:
+            with contextlib.suppress(OSError, CheckpointError):
+                index = read_index(self._storage, str(step))
+        return self._ranks.broadcast_object(index, phase="restore")
+
+    def _prepare(
+        self, step: int, state: TrainState | dict[str, Any], index: Index | None = None
+    ) -> tuple[int, Restoring]:
         """(sequence number of the save to be read, how)."""
         self._check_known(step)
-        opened = self._open(step)
+        opened = self._open(step, index)
         restoring = prepare(
             self._storage, opened, for_restore(state, opened.saved, self._ranks.rank, self._ranks.world_size),
             is_coordinator=self._ranks.is_coordinator, load_planner=self._load_planner, safe_globals=self._safe_globals,
@@ -615,9 +630,9 @@ class CheckpointManager:
         take_restored(state, restoring.target)
         return num_bytes, None
 
-    def _open(self, step: int) -> OpenStep:
+    def _open(self, step: int, index: Index | None = None) -> OpenStep:
         try:
-            return open_step(self._storage, str(step))
+            return open_step(self._storage, str(step), index)
         except StepNotFoundError as exc:
             raise self._unknown(step) from exc
         except OSError as exc:

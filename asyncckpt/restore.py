@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -102,28 +102,48 @@ class _SavedKeys(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
         return TensorStorageMetadata(TensorProperties(getattr(torch, key.dtype)), torch.Size(key.shape), chunks=[])
 
 
-def open_step(storage: Storage, folder: str) -> OpenStep:
+Index: TypeAlias = tuple[str, bytes]
+"""A manifest's name, from the storage's root on, and what it holds."""
+
+
+def open_step(storage: Storage, folder: str, index: Index | None = None) -> OpenStep:
     """Open the newest committed save of a step folder, or the foreign checkpoint in it.
 
-    Raises StepNotFoundError (nothing whole is there), DamagedStepError.
+    index: what `read_index` gave another rank; None: it is read here. Raises StepNotFoundError (nothing whole is
+    there), DamagedStepError.
     """
+    if index is None:
+        index = read_index(storage, folder)
+    if index is None:
+        return _open_foreign(storage, folder, read_step_files(_below(storage.list_files(folder), folder)))
+    manifest = _decode(storage, index)
+    return OpenStep(folder, join(folder, manifest.head.attempt), manifest, Keys.of(manifest.keys))
+
+
+def read_index(storage: Storage, folder: str) -> Index | None:
+    """The newest manifest of a step folder, as it is stored; None: there is none."""
     while True:
         files = read_step_files(_below(storage.list_files(folder), folder))
         if files.sequence is None:
-            return _open_foreign(storage, folder, files)
+            return None
+        path = join(folder, files.manifests[files.sequence])
         try:
-            manifest = read_manifest(storage, folder, files)
+            return path, storage.read_file(path)
         except FileNotFoundError:  # the step was saved again between the listing and the read: look again
             continue
-        return OpenStep(folder, join(folder, manifest.head.attempt), manifest, Keys.of(manifest.keys))
 
 
 def read_manifest(storage: Storage, folder: str, files: StepFiles) -> Manifest:
     """The newest manifest of a step. FileNotFoundError if it is gone by now, DamagedStepError if it is unreadable."""
     assert files.sequence is not None
     path = join(folder, files.manifests[files.sequence])
+    return _decode(storage, (path, storage.read_file(path)))
+
+
+def _decode(storage: Storage, index: Index) -> Manifest:
+    path, data = index
     try:
-        return decode_manifest(storage.read_file(path))
+        return decode_manifest(data)
     except ManifestError as exc:
         raise DamagedStepError(
             f"the manifest {path} at {storage.url} is damaged: {exc}. Nothing was changed. "

@@ -110,6 +110,25 @@ def test_what_all_ranks_have_leaves_storage_once_in_equal_parts(four: Crew, tmp_
     assert max(once for _, once in found) <= unique / 4 + 4 * MIB
 
 
+def count_files_read(link: Link, path: str) -> list[str]:
+    save(path, replicas(1))
+    read: list[str] = []
+    with CheckpointManager(path, read_once=True) as manager:
+        read_file = manager._storage.read_file
+        manager._storage.read_file = lambda name: read.append(name) or read_file(name)  # type: ignore[method-assign]
+        target = target_like(replicas(1))
+        assert manager.restore_latest(target) is not None
+    assert_same(replicas(1), target)
+    return read
+
+
+def test_the_manifest_leaves_storage_once(four: Crew, tmp_path: pathlib.Path) -> None:
+    """Of a thousand ranks it would be the most of what is read."""
+    first, *others = four.run(count_files_read, str(tmp_path))
+    assert [name.split("/")[-1] for name in first] == ["manifest-00000001.json"]
+    assert others == [[]] * 3
+
+
 def restore_hybrid(link: Link, path: str) -> list[int]:
     mesh = init_device_mesh("cpu", (2, 2))
 
@@ -151,9 +170,9 @@ def restore_shards(link: Link, path: str) -> int:
     return entered[1] - entered[0]
 
 
-def test_shards_of_which_each_rank_has_its_own_cost_two_small_messages(four: Crew, tmp_path: pathlib.Path) -> None:
-    """As under FSDP: nothing is exchanged but what each wants."""
-    assert four.run(restore_shards, str(tmp_path)) == [2] * 4
+def test_shards_of_which_each_rank_has_its_own_cost_four_small_messages(four: Crew, tmp_path: pathlib.Path) -> None:
+    """As under FSDP: nothing is exchanged but the step, its manifest, and what each wants."""
+    assert four.run(restore_shards, str(tmp_path)) == [4] * 4
 
 
 def restore_differently(link: Link, path: str) -> None:
