@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-os.environ.setdefault("PJRT_DEVICE", "CPU")  # read when torch_xla is imported, also by the ranks of tests/processes.py
-os.environ.setdefault("CPU_NUM_DEVICES", "4")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a line for each compilation, that GSPMD is going to go
-
 if importlib.util.find_spec("torch_xla") is None:
     collect_ignore_glob = ["test_*.py"]
+else:  # read when torch_xla is imported, also by the ranks of tests/processes.py
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    os.environ.setdefault("CPU_NUM_DEVICES", "4")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else a line for each compilation: GSPMD is going to go
 
 
 @pytest.fixture
