@@ -119,9 +119,16 @@ def digests(state_dict: Mapping[str, Any]) -> dict[str, int]:
             if value.is_cpu and value.layout is torch.strided and value.nbytes <= SPREAD_BYTES:
                 dense = value.detach().resolve_conj().resolve_neg().contiguous()
                 found[fqn] = crc32(dense.reshape(-1).view(torch.uint8).numpy())
-        elif not isinstance(value, torch.Tensor) and is_plain(value) and "{" not in (text := repr(value)):
-            found[fqn] = crc32(text.encode())  # not of a set, whose order is each process's own
+        elif not isinstance(value, torch.Tensor) and is_plain(value) and not _holds_set(value):
+            found[fqn] = crc32(repr(value).encode())
     return found
+
+
+def _holds_set(value: Any) -> bool:
+    """Whether the order of its parts may be each process's own."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_set, value.values()))
+    return isinstance(value, set) or (isinstance(value, list | tuple) and any(map(_holds_set, value)))
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from asyncckpt import CheckpointManager, PerRank, ShardReader, ShardWriter, TrainState
+from asyncckpt import CheckpointManager, Merged, PerRank, ShardReader, ShardWriter, TrainState
 from asyncckpt.chunks import payload_bytes_of
 from asyncckpt.manifest import Manifest, decode_manifest
 from tests.crew import Crew
@@ -281,6 +281,30 @@ def test_ranks_that_were_not_there_take_turns_with_those_that_were(
         assert "epoch 0 goes on at batch 1" in warned[-1]
         assert len(warned) == (1 if rank < 2 else 5)
         assert all(f"rank {rank} was not there and takes rank {rank - 2}'s" in text for text in warned[:-1])
+
+
+def save_what_differs(link: Link, path: str) -> list[tuple[str, ...]]:
+    rank, merged = link.rank, []
+    state = {
+        "same": {"n": 1, "w": torch.ones(3), "large": torch.full((100_000,), 2.0)},
+        "own": {"n": rank, "options": ({"lr": 0.1 * rank},), "random": torch.tensor([rank])},
+        "names": {f"name {number}" for number in range(20)},  # in another order in each process
+        "mine": PerRank(rank),
+    }
+    sinks = [lambda event: merged.append(event.keys) if isinstance(event, Merged) else None]
+    with CheckpointManager(path, 1, events=sinks) as manager:
+        for step in range(2):
+            manager.save(step, state)
+        manager.restore(1, state)
+    assert (state["own"]["n"], state["own"]["random"].item(), state["mine"].value) == (0, 0, rank)
+    return merged
+
+
+def test_values_that_differ_are_named_and_come_from_the_lowest_rank(four: Crew, tmp_path: pathlib.Path) -> None:
+    """Once, by rank 0; DCP takes each from any rank, without a word."""
+    first, *others = four.run(save_what_differs, str(tmp_path))
+    assert first == [("own.n", "own.options", "own.random")]
+    assert others == [[]] * 3
 
 
 # -- elsewhere
