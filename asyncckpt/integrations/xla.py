@@ -449,7 +449,7 @@ def prime_optimizer(optimizer: OptimizerT) -> OptimizerT:
     for parameter, state in optimizer.state.items():
         sharding = torch_xla._XLAC._get_xla_op_sharding(parameter) if _is_on_device(parameter) else None
         for value in state.values() if sharding else ():
-            if id(value) not in known and isinstance(value, Tensor) and value.shape == parameter.shape:
+            if id(value) not in known and _is_on_device(value) and value.shape == parameter.shape:
                 torch_xla._XLAC._xla_mark_sharding(value, sharding)
     _finish_pending(value for state in optimizer.state.values() for value in state.values())
     return optimizer
