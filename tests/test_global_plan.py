@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import SaveError
@@ -69,6 +69,7 @@ def meshes(draw: st.DrawFn) -> list[LocalItems]:
     return [part(of_rank, ["note"]) for of_rank in tensors]
 
 
+@settings(deadline=None)
 @given(meshes())
 def test_every_element_of_every_tensor_is_written_once(parts: list[LocalItems]) -> None:
     """However many replicas there are, and however unevenly it is cut; what is empty is not written in parts."""
@@ -123,6 +124,7 @@ def test_replicas_are_spread_by_their_bytes() -> None:
     assert names(parts) == [["only"], ["shared", "b", "c"], ["shared"]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(BIG, 50 * BIG), min_size=1, max_size=40), st.integers(1, 8))
 def test_no_rank_writes_much_more_than_another(sizes: list[int], num_ranks: int) -> None:
     """At most one tensor more, as for any greedy choice, the largest first."""
