@@ -627,6 +627,43 @@ def test_a_save_in_steady_state_costs_one_agreement_and_other_steps_nothing(four
             assert written[2] in (["post", *["await_announcement"] * times, "forget"] for times in (1, 2))
 
 
+class CountingStore:
+    """A store client that keeps its requests, but for those of watchers; one asked again and again counts once, if it
+    ever found something."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.requests: set[tuple[str, Any]] = set()
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        def ask(*args: Any) -> Any:
+            answer = getattr(self._inner, verb)(*args)
+            what = args[0] if isinstance(args[0], str) else args[0][0]
+            if not what.startswith("sync/") and answer is not False:
+                self.requests.add((verb, what if verb != "compare_set" else args))
+            return answer
+
+        return ask
+
+
+def count_messages_by_request(link: Link, path: str) -> int:
+    with CheckpointManager(path, 1) as manager:
+        manager.save(1, state(1))
+        manager.save(2, state(2))
+        ranks: Any = manager._ranks
+        ranks._training_store = entries = CountingStore(ranks._training_store)
+        ranks._store = others = CountingStore(ranks._store)
+        manager.save(3, state(3))
+        return 2 * len(entries.requests) + len(others.requests)  # an entry is said in the store, and is a collective
+
+
+def test_a_save_in_steady_state_costs_nine_small_messages_at_most(four: Crew, tmp_path: pathlib.Path) -> None:
+    """Collectives and requests to the store, in all phases; while a rank waits, it asks again."""
+    on_rank_0, *on_others = four.run(count_messages_by_request, str(tmp_path))
+    assert on_rank_0 <= 9
+    assert max(on_others) <= 6
+
+
 def save_often(link: Link, path: str) -> None:
     with CheckpointManager(path, 1, max_to_keep=1) as manager:
         for step in range(12):
