@@ -12,6 +12,7 @@ import pickle
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -171,9 +172,17 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
     """Whether the boxes, no two of them the same, are the tensor cut along each dimension, as a mesh cuts it."""
     if not boxes or not shape:
         return False
-    table, num_cells = np.array(boxes, np.int64), 1
+    # Number by number: numpy takes four times as long on nested tuples.
+    flat = chain.from_iterable(chain.from_iterable(boxes))
+    table, num_cells = np.fromiter(flat, np.int64).reshape(len(boxes), 2, len(shape)), 1
     for dim, length in enumerate(shape):
-        cuts = np.unique(table[:, :, dim], axis=0)
+        cuts = table[:, :, dim]
+        if (cuts == (0, length)).all():
+            continue
+        cuts = cuts[np.lexsort((cuts[:, 1], cuts[:, 0]))]
+        is_new = np.ones(len(cuts), np.bool_)
+        is_new[1:] = (cuts[1:] != cuts[:-1]).any(axis=1)
+        cuts = cuts[is_new]
         if cuts[0, 0] != 0 or (cuts[:-1].sum(axis=1) != cuts[1:, 0]).any() or cuts[-1].sum() != length:
             return False
         num_cells *= len(cuts)
