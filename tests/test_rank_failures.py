@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from asyncckpt import CheckpointManager, Delayed, Event, Failed
+from asyncckpt import CheckpointManager, Delayed, Event, Failed, log_events
 from asyncckpt.testing import Call, RecordingStorage
 from stagers import BlockingAsyncStager
 from tests.crew import Crew
@@ -422,6 +422,15 @@ def test_a_slow_rank_is_told_of_while_it_is_slow(
     assert waited_longer_s >= 2 * waited_s
     job.tell(held)
     assert three.hear() == [[rank == teller, [1] if step == 1 else [1, 2]] for rank in range(NUM_RANKS)]
+
+
+def test_a_delay_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """By the default sink."""
+    values: Any = {"url": "s3://b/run", "step": 12, "rank": 0, "time_s": 0.0}
+    log_events(Delayed(phase="write", ranks=(3, 5), waited_s=37.5, **values))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "step 12 at s3://b/run: waited 38 s for ranks [3, 5], phase write"
 
 
 # -- the next launch
