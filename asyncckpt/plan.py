@@ -115,6 +115,8 @@ def digests(state_dict: Mapping[str, Any]) -> dict[str, int]:
     found = {}
     for fqn, leaf in leaves(state_dict).items():
         value = leaf.value
+        if "/rank_" in fqn:  # PerRank's: no other rank has it
+            continue
         if type(value) in (torch.Tensor, torch.nn.Parameter):
             if value.is_cpu and value.layout is torch.strided and value.nbytes <= SPREAD_BYTES:
                 dense = value.detach().resolve_conj().resolve_neg().contiguous()
