@@ -27,9 +27,9 @@ def check_arguments(
             raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
     if on_busy not in ("wait", "skip"):
         raise ValueError(f'on_busy must be "wait" or "skip", got {on_busy!r}')
-    if not timeout > 0:
+    if not isinstance(timeout, int | float) or not timeout > 0:
         raise ValueError(f"timeout must be above 0 seconds, got {timeout!r}")
-    if grace_period is not None and not 0 < grace_period < math.inf:
+    if grace_period is not None and not (isinstance(grace_period, int | float) and 0 < grace_period < math.inf):
         raise ValueError(f"grace_period must be a finite number of seconds above 0, or None, got {grace_period!r}")
 
 

@@ -315,7 +315,8 @@ def test_a_job_that_follows_sees_new_steps_after_refresh(tmp_path: pathlib.Path)
     "arguments",
     [
         {"save_interval": 0}, {"save_interval": -5}, {"save_interval": 2.5}, {"max_to_keep": -1},
-        {"max_pending_async": 0}, {"num_of_threads": 0}, {"on_busy": "drop"}, {"timeout": 0},
+        {"max_pending_async": 0}, {"num_of_threads": 0}, {"on_busy": "drop"}, {"timeout": 0}, {"timeout": "5"},
+        {"grace_period": 0}, {"grace_period": "5"},
     ],
     ids=str,
 )  # fmt: skip
