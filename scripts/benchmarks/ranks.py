@@ -61,7 +61,8 @@ def run(bench: Bench) -> Outcome:
         kinds = dict.fromkeys((PACED_EACH, PACED_ONCE), OURS)
         paced = bench.take_turns({name: (kind, partial(crew.rounds_of, name)) for name, kind in kinds.items()})
     paced_name = f"{NUM_RANKS} ranks restore the same from S3 at {PACE_MIB_S} MiB/s for all"
-    s3_name = f"{NUM_RANKS} ranks restore the same {bench.scale.object_bytes / 1e6:.0f} MB from {server.name}"
+    s3_bytes = min(bench.scale.object_bytes, PACED_BYTES)
+    s3_name = f"{NUM_RANKS} ranks restore the same {s3_bytes / 1e6:.0f} MB from {server.name}"
     size, replica = (f"{b / 1e6:.0f} MB" for b in (bench.scale.num_bytes, min(bench.scale.num_bytes, REPLICA_BYTES)))
     rows = [
         _agreement(saves, size),
@@ -258,7 +259,10 @@ def _on_s3(
     bench: Bench, server: Mapping[str, Any], paced: Mapping[str, Any]
 ) -> dict[str, Callable[[Path, int, int], Any]]:
     """The restores from there, of as many bytes as S3 is to move."""
-    num_bytes = {S3_URL: bench.scale.object_bytes, PACED_URL: min(8 * bench.scale.object_bytes, PACED_BYTES)}
+    num_bytes = {
+        S3_URL: min(bench.scale.object_bytes, PACED_BYTES),
+        PACED_URL: min(8 * bench.scale.object_bytes, PACED_BYTES),
+    }
 
     def restores(read_once: bool, url: str, options: Mapping[str, Any]) -> Callable[[Path, int, int], Any]:
         return lambda folder, rank, _: _restores(read_once, url, options)(folder, rank, num_bytes[url])
