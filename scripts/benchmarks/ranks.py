@@ -61,8 +61,7 @@ def run(bench: Bench) -> Outcome:
         kinds = dict.fromkeys((PACED_EACH, PACED_ONCE), OURS)
         paced = bench.take_turns({name: (kind, partial(crew.rounds_of, name)) for name, kind in kinds.items()})
     paced_name = f"{NUM_RANKS} ranks restore the same from S3 at {PACE_MIB_S} MiB/s for all"
-    s3_bytes = min(bench.scale.object_bytes, PACED_BYTES)
-    s3_name = f"{NUM_RANKS} ranks restore the same {s3_bytes / 1e6:.0f} MB from {server.name}"
+    s3_name = f"{NUM_RANKS} ranks restore the same {_s3_bytes(bench) / 1e6:.0f} MB from {server.name}"
     size, replica = (f"{b / 1e6:.0f} MB" for b in (bench.scale.num_bytes, min(bench.scale.num_bytes, REPLICA_BYTES)))
     rows = [
         _agreement(saves, size),
@@ -238,7 +237,7 @@ def _dcp_saves(folder: Path, rank: int, num_bytes: int) -> Iterator[Mapping[str,
 
 def _restores(read_once: bool, url: str = "", storage_options: Mapping[str, Any] | None = None) -> Any:
     def rounds(folder: Path, rank: int, num_bytes: int) -> Iterator[Mapping[str, float]]:
-        read: list[int] = []
+        num_bytes, read = min(num_bytes, REPLICA_BYTES), list[int]()
         state = _whole(num_bytes)
         if url == PACED_URL:  # which reads as zeros
             state = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
@@ -259,10 +258,7 @@ def _on_s3(
     bench: Bench, server: Mapping[str, Any], paced: Mapping[str, Any]
 ) -> dict[str, Callable[[Path, int, int], Any]]:
     """The restores from there, of as many bytes as S3 is to move."""
-    num_bytes = {
-        S3_URL: min(bench.scale.object_bytes, PACED_BYTES),
-        PACED_URL: min(8 * bench.scale.object_bytes, PACED_BYTES),
-    }
+    num_bytes = {S3_URL: _s3_bytes(bench), PACED_URL: min(8 * bench.scale.object_bytes, PACED_BYTES)}
 
     def restores(read_once: bool, url: str, options: Mapping[str, Any]) -> Callable[[Path, int, int], Any]:
         return lambda folder, rank, _: _restores(read_once, url, options)(folder, rank, num_bytes[url])
@@ -275,8 +271,12 @@ def _on_s3(
     }
 
 
+def _s3_bytes(bench: Bench) -> int:
+    return min(bench.scale.object_bytes, PACED_BYTES)
+
+
 def _dcp_restores(folder: Path, rank: int, num_bytes: int) -> Iterator[Mapping[str, float]]:
-    state = _whole(num_bytes)
+    state = _whole(min(num_bytes, REPLICA_BYTES))
     dcp.save(state, checkpoint_id=folder / "dcp-replicas")
     while True:
         started = time.perf_counter()
@@ -289,7 +289,7 @@ _CONTENDERS: Mapping[str, Callable[[Path, int, int], Any]] = {
     APART: _saves(_apart, lambda num_bytes: _whole(num_bytes // NUM_RANKS)),
     ONE: _saves(_one, _whole),
     DCP: _dcp_saves,
-    EACH: lambda folder, rank, num_bytes: _restores(False)(folder, rank, min(num_bytes, REPLICA_BYTES)),
-    ONCE: lambda folder, rank, num_bytes: _restores(True)(folder, rank, min(num_bytes, REPLICA_BYTES)),
-    DCP_EACH: lambda folder, rank, num_bytes: _dcp_restores(folder, rank, min(num_bytes, REPLICA_BYTES)),
+    EACH: _restores(False),
+    ONCE: _restores(True),
+    DCP_EACH: _dcp_restores,
 }
