@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +28,7 @@ import pytest
 import torch
 
 from asyncckpt import manager as manager_module
+from asyncckpt.errors import DamagedStepError
 from asyncckpt.events import Committed, Event
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.storage import TEMP_PREFIX, Storage, open_storage
@@ -37,6 +38,10 @@ from tests.states import assert_same, target_like
 KEPT = 2
 SCHEDULE = (0, 1, 2, 1, 3, 0, 4)
 """The steps of a run, in order: 1 is saved again while retention holds it, 0 after it was pruned."""
+STEPS = (*SCHEDULE, 5)
+"""Of every save that a run may make: those of SCHEDULE, and one that shows that saving goes on."""
+NEXT = 99
+"""The step, and the number of the save, by which `assert_survived` shows that saving goes on."""
 S3_PART_BYTES = 5 << 20  # the least that S3 takes, so that a file of 6 MB has two parts
 TIMEOUT_S = 60.0  # of a test's own waits: far beyond any that succeeds
 
@@ -44,14 +49,15 @@ _forks = multiprocessing.get_context("forkserver")
 _PRELOAD = ["torch", "torch.distributed", "numpy", "pytest", "s3fs", __name__]
 
 
-def state_of(step: int, save: int) -> dict[str, Any]:
-    """The state that save number `save` stores as `step`: 6 MB in tensors of several kinds, and objects."""
+def state_of(step: int, save: int, num_rows: int = 1450) -> dict[str, Any]:
+    """The state that save number `save` stores as `step`: 6 MB in tensors of several kinds, or so many rows of 4 KB,
+    and objects."""
     seed = 1000 * step + save
-    words = torch.arange(1_450_000, dtype=torch.int32) * 1_103_515_245 + seed
+    words = torch.arange(1000 * num_rows, dtype=torch.int32) * 1_103_515_245 + seed
     return {
         "save": save,
         "model": {
-            "large": words.view(torch.float32).reshape(1450, 1000),
+            "large": words.view(torch.float32).reshape(num_rows, 1000),
             "medium": words[:50_000].view(torch.bfloat16).clone(),
             "small": [words[: n + 1].clone() for n in range(5)],
             "scalar": torch.tensor(float(seed)),
@@ -65,10 +71,31 @@ Moment = Literal["before", "middle", "after"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run saves."""
+    """Where a run saves, and what: states whose largest tensor has `num_rows` rows of 4 KB.
+
+    oracles: a folder to which `save_oracles` wrote the states; "": they are made again. may_tear: files that should be
+    written in one go may be cut off where a run was killed, and a step whose manifest is cut off is damaged.
+    """
 
     url: str
     options: dict[str, Any]
+    num_rows: int = 1450
+    oracles: str = ""
+    may_tear: bool = False
+
+    def state(self, step: int, save: int) -> dict[str, Any]:
+        return state_of(step, save, self.num_rows)
+
+    def oracle(self, step: int, save: int) -> dict[str, Any]:
+        if not self.oracles:
+            return self.state(step, save)
+        found: dict[str, Any] = torch.load(f"{self.oracles}/{step}-{save}.pt")
+        return found
+
+    def save_oracles(self) -> None:
+        """By torch.save: what every restored state is compared with."""
+        for save, step in [*enumerate(STEPS), (NEXT, NEXT)]:
+            torch.save(self.state(step, save), f"{self.oracles}/{step}-{save}.pt")
 
 
 @dataclass(frozen=True)
@@ -167,7 +194,7 @@ def open_manager(place: Place, wrap: Callable[[Storage], Storage] = lambda stora
 def run_until_killed(place: Place, point: KillPoint) -> list[int]:
     """Run until it is dead; the numbers of the saves that it reported as committed."""
     committed: list[int] = []
-    for kind, value in _messages(place, point):
+    for kind, value in _run_messages(place, point):
         if kind == "committed":
             committed.append(value)
         assert kind != "done" or point.kind == "delay", "the kill point was never reached"
@@ -177,7 +204,7 @@ def run_until_killed(place: Place, point: KillPoint) -> list[int]:
 def rehearse(place: Place) -> Rehearsal:
     """A run to its end, which must be as a run should be."""
     started, done = time.monotonic(), None
-    for kind, value in _messages(place, None):
+    for kind, value in _run_messages(place, None):
         if kind == "done":
             done = value
         if kind == "saving" and value == 0:
@@ -187,11 +214,20 @@ def rehearse(place: Place) -> Rehearsal:
     return Rehearsal(calls, num_syscalls, (time.monotonic() - started) / len(SCHEDULE))
 
 
-def _messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]]:
-    """What a run says until it ends. It is forked from a server that imported everything and used nothing."""
+def _run_messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]]:
+    for kind, value in messages_of(_save_all, place, point):
+        if point and point.kind == "delay" and (kind, value) == ("saving", point.number):
+            time.sleep(point.delay_s)
+            break
+        yield kind, value
+
+
+def messages_of(body: Callable[..., None], *args: Any) -> Iterator[tuple[str, Any]]:
+    """What a process that runs `body(link, *args)` sends over the link until it ends; leaving off kills it. It is
+    forked from a server that imported everything and used nothing."""
     _forks.set_forkserver_preload(_PRELOAD)
     here, there = _forks.Pipe(duplex=False)
-    process = _forks.Process(target=_run, args=(there, place, point), daemon=True)
+    process = _forks.Process(target=_run, args=(there, body, args), daemon=True)
     process.start()
     there.close()
     try:
@@ -203,19 +239,16 @@ def _messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]
                 return
             assert kind != "error", f"the run failed:\n{value}"
             yield kind, value
-            if point and point.kind == "delay" and (kind, value) == ("saving", point.number):
-                time.sleep(point.delay_s)
-                process.kill()
     finally:
         process.kill()
         process.join()
         here.close()
 
 
-def _run(link: Connection, place: Place, point: KillPoint | None) -> None:
+def _run(link: Connection, body: Callable[..., None], args: tuple[Any, ...]) -> None:
     """The process."""
     try:
-        _save_all(link, place, point)
+        body(link, *args)
     except BaseException:
         link.send(("error", traceback.format_exc()))
 
@@ -239,7 +272,7 @@ def _save_all(link: Connection, place: Place, point: KillPoint | None) -> None:
     manager = open_manager(place, wrap, max_to_keep=KEPT, events=[report])
     for save, step in enumerate(SCHEDULE):
         link.send(("saving", save))
-        manager.save_async(step, state_of(step, save))
+        manager.save_async(step, place.state(step, save))
     manager.close()
     link.send(("done", (tuple(storages[0].calls), syscalls())))
 
@@ -263,45 +296,74 @@ def _count_syscalls(root: str, point: KillPoint | None) -> Callable[[], int]:
 # -- what must hold afterwards
 
 
-def assert_survived(place: Place, committed: list[int]) -> None:
+def assert_survived(place: Place, committed: Sequence[int]) -> None:
     """All promises, seen by a fresh manager after a run of SCHEDULE was killed; committed: what it reported."""
     with open_manager(place, max_to_keep=KEPT) as manager:
-        found = {step: _restored_save(manager, step) for step in manager.all_steps()}
-        before, after = retained(len(committed)), retained(len(committed) + 1)
+        found = _restorable(manager, place)
+        before, after = retained_of(committed), retained_of([*committed, *_next(committed)])
         assert before.items() <= found.items() or after.items() <= found.items(), (before, after, found)
 
-        latest = target_like(state_of(0, 0))
-        step = manager.restore_latest(latest)
+        latest = target_like(place.state(0, 0))
+        step = manager.restore_latest(latest) if found or not place.may_tear else None
         assert (step is None) == (not found)
         if step is not None:
-            assert latest["save"] == found[step] == max(found.values()) >= len(committed) - 1
+            assert latest["save"] == found[step] == max(found.values()) >= max(committed, default=-1)
 
-        next_step = next_save = 99
-        _age_temporary_files(place)
-        manager.save(next_step, state_of(next_step, next_save))
-        found[next_step] = next_save
+        age_temporary_files(place)
+        manager.save(NEXT, place.state(NEXT, NEXT))
+        found[NEXT] = NEXT
+        newest = sorted(sorted(found, key=found.__getitem__)[-KEPT:])
         manager.refresh()
-        assert manager.all_steps() == sorted(sorted(found, key=found.__getitem__)[-KEPT:])
-        assert strays(place, manager._storage, manager.all_steps()) == []
-        assert _restored_save(manager, next_step) == next_save
-        for step in manager.all_steps():
+        steps = manager.all_steps()
+        assert set(newest) <= set(steps) if place.may_tear else newest == steps, (found, steps)
+        assert strays(place, manager._storage, steps) == []
+        assert _restored_save(manager, place, NEXT) == NEXT
+        for step in newest:
             manager.verify(step)
+
+
+def survives(link: Connection, place: Place, committed: Sequence[int]) -> None:
+    """`assert_survived`, for a process of its own."""
+    assert_survived(place, committed)
+    link.send(("survived", None))
 
 
 def retained(num_commits: int) -> dict[int, int]:
     """{step: save} that retention holds after the first `num_commits` saves of the schedule."""
+    return retained_of(range(num_commits))
+
+
+def retained_of(commits: Iterable[int]) -> dict[int, int]:
+    """{step: save} that retention holds after these saves of STEPS."""
     saves: dict[int, int] = {}
-    for save, step in enumerate(SCHEDULE[:num_commits]):
-        saves.pop(step, None)
-        saves[step] = save
+    for save in commits:
+        saves.pop(STEPS[save], None)
+        saves[STEPS[save]] = save
     return dict(list(saves.items())[-KEPT:])
 
 
-def _restored_save(manager: CheckpointManager, step: int) -> int:
+def _next(committed: Sequence[int]) -> list[int]:
+    """The save that may be there without having been reported."""
+    return [save for save in (max(committed, default=-1) + 1,) if save < len(STEPS)]
+
+
+def _restorable(manager: CheckpointManager, place: Place) -> dict[int, int]:
+    """{step: save} of the steps that are listed: all of them, but for the torn ones where that may be."""
+    found = {}
+    for step in manager.all_steps():
+        try:
+            found[step] = _restored_save(manager, place, step)
+        except DamagedStepError:
+            if not place.may_tear:
+                raise
+    return found
+
+
+def _restored_save(manager: CheckpointManager, place: Place, step: int) -> int:
     """The number of the save that a step holds, which it must hold bit for bit."""
-    target = target_like(state_of(0, 0))
+    target = target_like(place.state(0, 0))
     manager.restore(step, target, strict=True)
-    assert_same(state_of(step, target["save"]), target)
+    assert_same(place.oracle(step, target["save"]), target)
     return int(target["save"])
 
 
@@ -322,7 +384,7 @@ def strays(place: Place, storage: Storage, steps: Iterable[int]) -> list[str]:
     return found
 
 
-def _age_temporary_files(place: Place) -> None:
+def age_temporary_files(place: Place) -> None:
     """As if the killed run had ended long ago: storage spares young ones, which another writer may be about to name."""
     for path in Path(place.url).rglob(f"{TEMP_PREFIX}*"):
         os.utime(path, (0, 0))
