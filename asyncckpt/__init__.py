@@ -7,11 +7,14 @@ General layout, in the order in which a save passes through it (each module impo
     storage                           bytes at a URL: the seam, and who serves which URL
     parallel                          the same work on many things, on a few threads
     local_file, storage_local         a folder
-    client_errors                     for the next: what clients of object stores raise
+    client_errors, retries            for the next: what clients of object stores raise, and when to try again
+    client_requests                   their requests, each with a deadline
     s3_settings, s3_upload            where obstore does what s3fs would; large files to S3 without it
     s3_obstore                        the bytes of S3 through obstore
     storage_fsspec                    every other URL
     framing, chunks                   the format: items, and columns of what there is of them;
+    tiling                            that these make up their tensors;
+    unpickle                          pickles that others wrote, without running what they ask for;
     manifest, dcp_metadata            the index of a step, the stock index
     steps, index                      what a listing says; which steps there are
     store_keys                        what ranks leave for each other in the store
@@ -60,6 +63,7 @@ from asyncckpt.events import (
     Restored,
     Skipped,
     Staged,
+    Unguarded,
     Written,
     log_events,
 )
@@ -121,6 +125,7 @@ __all__ = [
     "Restored",
     "Merged",
     "Skipped",
+    "Unguarded",
     "log_events",
     "__version__",
 ]

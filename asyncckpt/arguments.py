@@ -33,6 +33,11 @@ def check_arguments(
         raise ValueError(f"grace_period must be a finite number of seconds above 0, or None, got {grace_period!r}")
 
 
+def check_retry_timeout(retry_timeout: float) -> None:
+    if not isinstance(retry_timeout, int | float) or not 0 <= retry_timeout < math.inf:
+        raise ValueError(f"retry_timeout must be a finite number of seconds, 0 or more, got {retry_timeout!r}")
+
+
 def check_step(step: int) -> None:
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be a whole number of 0 or more, got {step!r}")

@@ -2,15 +2,17 @@
 failed.
 
 The one place that knows their exceptions, and without importing them: by class, HTTP status and class name, obstore's
-by their text, which is all they have. Used by storage_fsspec.py, s3_upload.py and s3_obstore.py.
+by their text, which is all they have. Used by retries.py, storage_fsspec.py, s3_upload.py and s3_obstore.py.
 """
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from asyncckpt.storage import redact
 
@@ -38,23 +40,50 @@ _BY_STATUS = {
     429: errno.EBUSY,
     503: errno.EBUSY,
 }
+# S3's own, where the status says less: 400 for all but the skew, and inside of an answer with status 200.
+_BY_CODE = {
+    "SlowDown": errno.EBUSY,
+    "ServiceUnavailable": errno.EBUSY,
+    "InternalError": errno.EIO,
+    "RequestTimeout": errno.ETIMEDOUT,  # too little of the body came
+    "IncompleteBody": errno.EIO,
+    "BadDigest": errno.EIO,
+    "XAmzContentSHA256Mismatch": errno.EIO,
+    "AccessDenied": errno.EACCES,
+    "ExpiredToken": errno.EACCES,
+    "InvalidToken": errno.EACCES,
+    "TokenRefreshRequired": errno.EACCES,
+    "RequestTimeTooSkewed": errno.EACCES,
+}
+# OpenSSL's, rustls' and glibc's.
+_NO_WAY = ("certificate verify failed", "invalid peer certificate", "Name or service not known")
+_ADVICE = {
+    "ExpiredToken": "the credentials are over, and nothing renews fixed ones: give a profile or a role instead",
+    "RequestTimeTooSkewed": "this machine's clock or the server's is wrong by minutes: set it",
+}
 _BY_NAME = {
     "NoCredentialsError": errno.EACCES,
     "PartialCredentialsError": errno.EACCES,
     "CredentialRetrievalError": errno.EACCES,
+    "TransportError": errno.ECONNRESET,  # google.auth's, on the way to new credentials
     "GoogleAuthError": errno.EACCES,
     "HTTPClientError": errno.ECONNRESET,  # botocore: timeouts, proxy, TLS
     "ConnectionError": errno.ECONNRESET,  # botocore's own
     "ClientError": errno.ECONNRESET,  # aiohttp's; botocore's has a status
     "RequestException": errno.ECONNRESET,
+    "IncompleteReadError": errno.ECONNRESET,
+    "ResponseParserError": errno.EIO,  # a body that is no answer
+    "JSONDecodeError": errno.EIO,
+    "FlexibleChecksumError": errno.EIO,
+    "ChecksumError": errno.EIO,
     "PermissionDeniedError": errno.EACCES,  # obstore's
     "UnauthenticatedError": errno.EACCES,
 }
 # obstore: the status of the answer, S3's own code and message in it, and why there was no answer.
 _OBSTORE_STATUS = re.compile(r"Server returned (?:non-2xx status code: |error response: )?(\d{3})\b")
 _OBSTORE_CODE = re.compile(r"<Code>([^<]*)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
+_OBSTORE_TRIES = re.compile(r" in ([\d.]+\w+), after (\d+) retries")
 _OBSTORE_KIND = re.compile(r"\bkind: (Timeout|Connect|Request|Interrupted|Decode)\b")
-_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed")  # 400, and s3fs's EACCES
 
 
 @contextmanager
@@ -65,15 +94,19 @@ def named_client_errors(what: str) -> Iterator[None]:
     except Exception as exc:
         # The errno chooses the class.
         # Not from obstore's: its text has the whole answer of the server, which may repeat a session token.
-        raise OSError(_errno(exc), f"{what}: {redact(_reason(exc))}") from (None if _is_obstore(exc) else exc)
+        reason = "; ".join(filter(None, (_reason(exc), _ADVICE.get(_code(exc)), *getattr(exc, "__notes__", ()))))
+        raise OSError(errno_of(exc) or errno.EIO, f"{what}: {redact(reason)}") from (None if _is_obstore(exc) else exc)
 
 
-def _errno(exc: BaseException) -> int:
+def errno_of(exc: BaseException) -> int | None:
+    """What an error means; None: nothing that is known here."""
+    if code := _BY_CODE.get(_code(exc)):
+        return code
+    if _is_no_way(exc):
+        return errno.EHOSTUNREACH
     for known, number in _BY_CLASS:
         if isinstance(exc, known):
             return number
-    if _is_obstore(exc) and (code := _OBSTORE_CODE.search(str(exc))) and code[1] in _EXPIRED:
-        return errno.EACCES
     if status := _http_status(exc):
         return _BY_STATUS.get(status) or (errno.EINVAL if status < 500 else errno.EIO)
     if isinstance(exc, OSError) and exc.errno:
@@ -85,7 +118,21 @@ def _errno(exc: BaseException) -> int:
         return errno.ETIMEDOUT if kind[1] == "Timeout" else errno.ECONNRESET
     if str(exc).startswith("Forbidden: "):  # gcsfs says 403 in no other way
         return errno.EACCES
-    return errno.EIO
+    return errno.EIO if _is_obstore(exc) else None
+
+
+def s3_error(error: Mapping[str, Any]) -> OSError:
+    """For one key of an answer to a request about many."""
+    code = str(error.get("Code"))
+    return OSError(_BY_CODE.get(code, errno.EACCES), f"{error.get('Key')}: {code} {error.get('Message', '')}")
+
+
+def _is_no_way(exc: BaseException) -> bool:
+    """No such host, says a resolver that could be asked, or a certificate that is not trusted: no try will help."""
+    text = str(exc)
+    if any(words in text for words in _NO_WAY):
+        return True
+    return any(isinstance(known, socket.gaierror) and known.errno == socket.EAI_NONAME for known in _with_causes(exc))
 
 
 def _is_obstore(exc: BaseException) -> bool:
@@ -93,11 +140,22 @@ def _is_obstore(exc: BaseException) -> bool:
     return type(exc).__module__.startswith("obstore") or "\n\nDebug source:\n" in str(exc)
 
 
+def _code(exc: BaseException) -> str:
+    """S3's name of what is wrong, or ""."""
+    if _is_obstore(exc):
+        found = _OBSTORE_CODE.search(str(exc))
+        return found[1] if found else ""
+    responses = (getattr(known, "response", None) for known in _with_causes(exc))
+    return next((str(r.get("Error", {}).get("Code")) for r in responses if isinstance(r, dict)), "")
+
+
 def _reason(exc: BaseException) -> str:
     if _is_obstore(exc):
         text = str(exc)
+        found = _OBSTORE_TRIES.search(text)
+        tries = f"; {int(found[2]) + 1} tries in {found[1]}" if found else ""
         if code := _OBSTORE_CODE.search(text):
-            return " ".join(filter(None, code.groups()))
+            return " ".join(filter(None, code.groups())) + tries
         kind = _OBSTORE_KIND.search(text)
         return text.partition("\n")[0] + (f" ({kind[1]})" if kind else "")
     for known in _with_causes(exc):
@@ -127,4 +185,5 @@ def _with_causes(exc: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = exc
     while cause is not None:
         yield cause
-        cause = cause.__cause__
+        inner = cause.__cause__ or getattr(cause, "kwargs", {}).get("error")  # the latter is botocore's
+        cause = inner if isinstance(inner, BaseException) else None

@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fsspec.asyn import sync
 
 from asyncckpt.client_errors import named_client_errors
 from asyncckpt.s3_settings import UntranslatableError, is_aws, translate
@@ -48,8 +49,11 @@ class ObstoreBucket:
         self._bucket = bucket
 
     @classmethod
-    def open(cls, filesystem: Any, root: str) -> ObstoreBucket:
-        """For what an s3fs filesystem has at `root`. UntranslatableError if obstore cannot do just the same."""
+    def open(cls, filesystem: Any, root: str, retry_s: float) -> ObstoreBucket:
+        """For what an s3fs filesystem has at `root`. UntranslatableError if obstore cannot do just the same.
+
+        retry_s: until when it tries a request again.
+        """
         if os.getpid() != _PID:
             raise UntranslatableError("this process was forked, and obstore would hang")
         bucket, prefix, _ = filesystem.split_path(f"{root}/file")
@@ -64,7 +68,7 @@ class ObstoreBucket:
             endpoint=endpoint,
             region=_region_of(filesystem, bucket) if is_aws(endpoint) else client.meta.region_name or "us-east-1",
             verify=_verify(client),
-            tries=filesystem.retries,
+            retry_s=retry_s,
             environ=os.environ,
         )
         if not settings["skip_signature"]:
@@ -238,7 +242,7 @@ def _verify(client: Any) -> Any:
 def _region_of(filesystem: Any, bucket: str) -> str:
     """s3fs follows AWS to a bucket's region, obstore must be told. One request."""
     try:
-        answer = filesystem.call_s3("head_bucket", Bucket=bucket)
+        answer = sync(filesystem.loop, filesystem._call_s3, "head_bucket", Bucket=bucket)
     except OSError as exc:
         answer = getattr(exc.__cause__, "response", None)  # also a refusal says it
         if not isinstance(answer, dict):

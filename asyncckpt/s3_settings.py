@@ -12,12 +12,13 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
+from asyncckpt.retries import CAP_S, FIRST_S
+
 # Of one request, on top of the client's own read_timeout. obstore limits the whole of it, not silence: eight parts of
 # 16 MiB have to pass in it, so that 1 MiB/s is the slowest line. A guess.
 REQUEST_S = 120.0
 CONNECT_S = 5.0  # where the client has no limit; s3fs's own
-RETRY_S = 180.0  # no try begins later than this after the first
-MAX_BACKOFF_S = 4.0
+ANY_TRIES = 1000  # the deadline decides
 
 # Arguments of s3fs that say nothing of how bytes move, or whose effect is among the other arguments of `translate`.
 _KNOWN_OPTIONS = {
@@ -71,14 +72,14 @@ def translate(
     endpoint: str,
     region: str,
     verify: Any,
-    tries: int,
+    retry_s: float,
     environ: Mapping[str, str],
 ) -> dict[str, Any]:
     """Keyword arguments of `S3Store`, without credentials. Raises UntranslatableError.
 
     options: of the s3fs filesystem. config: of its botocore client, all values; "unsigned" as signature_version for no
     signature. endpoint: the client's, without the bucket. region: the bucket's on AWS, else the client's. verify: of
-    the client's TLS. tries: how often s3fs repeats what botocore gave up on.
+    the client's TLS. retry_s: no try begins later than this after the first.
     """
     _check_options(options)
     _check_config(config)
@@ -88,8 +89,7 @@ def translate(
     is_http = host.startswith("http://")
     if not is_http and verify not in (True, None, False):
         raise UntranslatableError("verify names certificates; obstore would trust the system's as well")
-    s3, retries = config.get("s3") or {}, config.get("retries") or {}
-    attempts = retries.get("total_max_attempts", 5) * tries
+    s3 = config.get("s3") or {}
     return {
         "bucket": bucket,
         "endpoint": host,
@@ -106,11 +106,11 @@ def translate(
             "timeout": timedelta(seconds=REQUEST_S + (config.get("read_timeout") or 0)),
         },
         "retry_config": {
-            "max_retries": attempts - 1,
-            "retry_timeout": timedelta(seconds=RETRY_S),
+            "max_retries": ANY_TRIES if retry_s else 0,
+            "retry_timeout": timedelta(seconds=retry_s),
             "backoff": {
-                "init_backoff": timedelta(milliseconds=100),
-                "max_backoff": timedelta(seconds=MAX_BACKOFF_S),
+                "init_backoff": timedelta(seconds=FIRST_S),
+                "max_backoff": timedelta(seconds=CAP_S),
                 "base": 2,
             },
         },

@@ -1,8 +1,8 @@
 """Large files to S3: s3fs's client driven part by part, from memory as it lies.
 
 s3fs's own writers copy every part, wait for the slowest of each batch, never notice a peer that stops reading, and on
-leaving `open(..., "wb")` with an exception publish the half that was written. Called by storage_fsspec.py; the names of
-things in S3 stay in here.
+leaving `open(..., "wb")` with an exception publish the half that was written. Deadlines and tries of each request are
+client_requests.py's. Called by storage_fsspec.py; the names of things in S3 stay in here.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from fsspec.asyn import sync
 from asyncckpt.client_errors import named_client_errors
 
 MAX_PARTS = 9000  # S3 takes 10,000
-# botocore limits the time to connect and to wait for the answer, but not for a peer that stops reading the body. What
-# is limited here is silence, not a rate: eight parts over a slow line are slow, and fine. The number is a guess.
-STALL_S = 30.0
 
 
 class S3Upload:
@@ -41,7 +38,6 @@ class S3Upload:
         self._what = what
         self._part_bytes = part_bytes
         self._num_in_flight = num_in_flight
-        self._stall_s = STALL_S + (filesystem.config_kwargs.get("read_timeout") or filesystem.read_timeout)
         self._sending: set[asyncio.Task[Any] | None] = set()
         self._upload: dict[str, str] = {}
 
@@ -107,22 +103,12 @@ class S3Upload:
             raise OSError(errno.EIO, f"{self._what}: {stored} bytes were stored, {size} were sent") from lost
 
     async def _send(self, method: str, part: list[memoryview], **arguments: Any) -> Any:
-        """One request with `part` as its body. TimeoutError when nothing of it is taken for too long."""
-        body = _Body(part)
+        """One request with `part` as its body."""
         this = asyncio.current_task()
         self._sending.add(this)
-        request = asyncio.ensure_future(self._filesystem._call_s3(method, Body=body, **self._target, **arguments))
         try:
-            activity = -1
-            while not request.done():
-                if body.activity == activity:
-                    raise TimeoutError(f"the server took nothing of a part for {self._stall_s:.0f} s")
-                activity = body.activity
-                await asyncio.wait({request}, timeout=self._stall_s)
-            return await request
+            return await self._filesystem._call_s3(method, Body=_Body(part), **self._target, **arguments)
         finally:
-            request.cancel()
-            await asyncio.wait({request})
             self._sending.discard(this)
 
     async def _cancel_sending(self) -> None:
@@ -200,6 +186,7 @@ class _Body(io.RawIOBase):
         self._views = views
         self._starts = list(accumulate(map(len, views), initial=0))
         self._position = 0
+        self.num_bytes = self._starts[-1]
         self.activity = 0
         """Grows with every read and seek."""
 

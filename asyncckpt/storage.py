@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 TEMP_PREFIX = ".tmp-"
+RETRY_S = 120.0  # A guess: servers restart within it, and ranks wait for each other five times as long
 
 
 class Storage(Protocol):
@@ -96,6 +97,11 @@ class Storage(Protocol):
         most one probe that is removed again; makes the root folder."""
         ...
 
+    def is_create_exclusive(self) -> bool:
+        """Whether of two `create`s of one file at the same moment one is refused. Where that is not known, it is tried
+        on a probe that is removed again. For writers only."""
+        ...
+
 
 def open_storage(
     url: str | os.PathLike[str],
@@ -103,12 +109,14 @@ def open_storage(
     *,
     num_threads: int | None = None,
     transfer: Literal["auto", "obstore", "fsspec"] = "auto",
+    retry_timeout: float = RETRY_S,
 ) -> Storage:
     """The storage for a URL or a local path. ValueError for a protocol that fsspec does not know.
 
     storage_options: reach the fsspec filesystem unchanged; a folder needs none. num_threads: transfers in flight per
     file; None chooses. transfer: who moves the bytes of s3:// files: "obstore", "fsspec" (s3fs), or "auto": obstore
     where it does exactly what options, environment and credentials mean to s3fs. ValueError if "obstore" cannot.
+    retry_timeout: seconds after which a request that fails is not tried again; 0: never. On a folder nothing is.
     """
     if transfer not in ("auto", "obstore", "fsspec"):
         raise ValueError(f'transfer must be "auto", "obstore" or "fsspec", not {transfer!r}')
@@ -130,7 +138,7 @@ def open_storage(
     except ValueError as exc:
         known = ", ".join(available_protocols())
         raise ValueError(f"{redact(url)}: unknown protocol {protocol!r}; known are {known}") from exc
-    return FsspecStorage(url, storage_options, num_threads=num_threads, transfer=transfer)
+    return FsspecStorage(url, storage_options, num_threads=num_threads, transfer=transfer, retry_timeout=retry_timeout)
 
 
 def check_path(path: str) -> str:

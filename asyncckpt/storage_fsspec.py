@@ -15,19 +15,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from inspect import Parameter, signature
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
-from asyncckpt.client_errors import OUT_OF_RANGE, named_client_errors
+from asyncckpt.client_errors import OUT_OF_RANGE, errno_of, named_client_errors, s3_error
+from asyncckpt.client_requests import ANSWER_S, MIN_RATE, guard_gcsfs, guard_s3fs
 from asyncckpt.parallel import Arrivals, for_each
+from asyncckpt.retries import CLEANING_S, again, may_pass
 from asyncckpt.s3_obstore import ObstoreBucket
-from asyncckpt.s3_settings import UntranslatableError
+from asyncckpt.s3_settings import UntranslatableError, is_aws
 from asyncckpt.s3_upload import S3Upload, abort_uploads
-from asyncckpt.storage import TEMP_PREFIX, check_path, redact
+from asyncckpt.storage import RETRY_S, TEMP_PREFIX, check_path, redact
 
 MIB = 1 << 20
 READ_BYTES = 8 * MIB  # of one request
@@ -36,14 +38,16 @@ S3_CONNECTIONS = 64  # eight files of eight parts
 DELETE_KEYS = 1000  # of one DeleteObjects request, the limit of S3
 HONOURS_CREATE = ("s3fs", "gcsfs")  # others look first: exclusive against one writer only, which is what a run has
 
+T = TypeVar("T")
+
 
 class FsspecStorage:
     """A `Storage` on an fsspec filesystem; see there for every contract.
 
     storage_options reach the filesystem, over two settings of ours: no listing cache, no instance shared with others.
     num_threads: requests in flight for one file that is written, and for all that are read; each of the latter holds up
-    to 8 MiB. `write_file` sends a file to S3 as it lies in memory; elsewhere its views are joined first, so
-    `max_file_bytes` is what one call may add to memory.
+    to 8 MiB. retry_timeout: seconds after which a request that fails is not tried again. `write_file` sends a file to
+    S3 as it lies in memory; elsewhere its views are joined first, so `max_file_bytes` is what one call may add to it.
     """
 
     part_bytes = 16 * MIB
@@ -56,12 +60,14 @@ class FsspecStorage:
         *,
         num_threads: int | None = None,
         transfer: Literal["auto", "obstore", "fsspec"] = "auto",
+        retry_timeout: float = RETRY_S,
     ) -> None:
         self.url = redact(url)
         self._full_url = url
         self._options = dict(storage_options or {})
         self._num_threads = num_threads or 8
         self._transfer = transfer
+        self._retry_s = retry_timeout
         self._bucket: ObstoreBucket | None
         self._is_decided = False
         self.client_reason = ""
@@ -103,24 +109,20 @@ class FsspecStorage:
     def create(self, path: str, data: bytes) -> None:
         full = self._full(path)
         try:
-            with named_client_errors(self._what("create", path)):
-                self._create(full, data)
+            self._create(full, data, self._what("create", path))
         except FileExistsError:
             # A client that tries again after a lost answer meets its own first try.
             if self.read_file(path) != data:
                 raise
 
     def replace(self, path: str, data: bytes) -> None:
-        full = self._full(path)
-        with named_client_errors(self._what("replace", path)):
-            self._pipe(full, data)
+        self._pipe(self._full(path), data, self._what("replace", path))
 
     def read_file(self, path: str) -> bytes:
         # By default s3fs reads large objects in chunks: no single moment of a file that is replaced, and never retried.
-        full, whole = self._full(path), {"max_concurrency": 1} if self._client == "s3fs" else {}
-        with named_client_errors(self._what("read", path)):
-            data: bytes = self._filesystem.cat_file(full, **whole)
-            return data
+        whole = {"max_concurrency": 1} if self._client == "s3fs" else {}
+        data: bytes = self._ask(self._what("read", path), "cat_file", self._full(path), **whole)
+        return data
 
     def read_into(
         self, path: str, ranges: Sequence[tuple[int, memoryview]], filled: Callable[[int], None] | None = None
@@ -132,8 +134,6 @@ class FsspecStorage:
             start, end, pieces = request
             with self._reading:
                 chunk = self._fetch(bucket, full, start, end, what)
-                if len(chunk) != end - start:
-                    raise EOFError(f"{what}: the file ends at byte {start + len(chunk)}, byte {end - 1} was asked for")
                 for offset, view, _ in pieces:
                     view[:] = chunk[offset - start : offset - start + len(view)]
             if arrivals:
@@ -145,14 +145,13 @@ class FsspecStorage:
 
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         folder = self._full(prefix.rstrip("/")) if prefix else self._root
-        with named_client_errors(self._what("list", prefix)):
-            self._filesystem.invalidate_cache()
-            try:
-                found = self._filesystem.find(folder, detail=True)
-            except FileNotFoundError:
-                if self._client in ("s3fs", "gcsfs"):  # there it is the bucket that is missing
-                    raise
-                found = {}
+        self._filesystem.invalidate_cache()
+        try:
+            found = self._ask(self._what("list", prefix), "find", folder, detail=True)
+        except FileNotFoundError:
+            if self._client in ("s3fs", "gcsfs"):  # there it is the bucket that is missing
+                raise
+            found = {}
         files = {}
         for name, info in found.items():
             path = name[len(self._root) + 1 :]
@@ -178,10 +177,36 @@ class FsspecStorage:
 
     def check_writable(self) -> None:
         probe = self._full(TEMP_PREFIX + secrets.token_hex(8))
-        with named_client_errors(self._what("write to", "")):
-            self._pipe(probe, b"asyncckpt")
+        self._pipe(probe, b"asyncckpt", self._what("write to", ""))
         with suppress(Exception):  # who may not delete may still write
             self._filesystem.rm_file(probe)
+
+    def is_create_exclusive(self) -> bool:
+        """S3 and GCS themselves are not asked; what else speaks their protocols may ignore the condition (rclone,
+        s3rver, emulators)."""
+        if self._client not in HONOURS_CREATE:
+            return get_protocol(self._full_url) == "memory"
+        if self._is_the_real_one():
+            return True
+        probe, what = self._full(TEMP_PREFIX + secrets.token_hex(8)), self._what("probe", "")
+        with named_client_errors(what):
+            self._pipe(probe, b"1", what, mode="create")
+            try:
+                self._pipe(probe, b"2", what, mode="create")
+            except OSError as exc:
+                if errno_of(exc) != errno.EEXIST:
+                    raise
+                return True
+            finally:
+                with suppress(Exception):  # who may not delete may still write
+                    self._filesystem.rm_file(probe)
+        return False
+
+    def _is_the_real_one(self) -> bool:
+        filesystem = self._filesystem
+        if self._client == "gcsfs":
+            return bool(filesystem._location.endswith(".googleapis.com"))
+        return is_aws(filesystem.s3.meta.endpoint_url)
 
     @property
     def _filesystem(self) -> Any:
@@ -196,7 +221,7 @@ class FsspecStorage:
             if not self._is_decided:
                 with named_client_errors(self._what("open", "")):
                     try:
-                        self._bucket = ObstoreBucket.open(filesystem, self._root)
+                        self._bucket = ObstoreBucket.open(filesystem, self._root, self._retry_s)
                     except UntranslatableError as exc:
                         self.client_reason = str(exc)
                 self._is_decided = True
@@ -216,21 +241,56 @@ class FsspecStorage:
         if self._client != "s3fs":
             self.client_reason = f"obstore moves the bytes of s3:// alone, this is {get_protocol(self._full_url)}://"
         if self._client == "s3fs":
-            # botocore keeps 10: a part that waits for a connection looks like one that nobody reads.
-            self._opened.config_kwargs = {"max_pool_connections": S3_CONNECTIONS, **self._opened.config_kwargs}
+            self._opened.config_kwargs = {
+                # botocore keeps 10: a part that waits for a connection looks like one that nobody reads.
+                "max_pool_connections": S3_CONNECTIONS,
+                "retries": {"total_max_attempts": 1},
+                **self._opened.config_kwargs,
+            }
+            guard_s3fs(self._opened, self._retry_s)
+        if self._client == "gcsfs":
+            guard_gcsfs(self._opened, self._retry_s)
+
+    def _ask(self, what: str, method: str, *arguments: Any, num_bytes: int = READ_BYTES, **options: Any) -> Any:
+        """What a method of the filesystem gives, tried again while that may help; `what` begins the message of errors.
+
+        num_bytes: to be moved by it. s3fs and gcsfs try each request again, and have its deadline; see guard_s3fs.
+        """
+        options |= self._deadline(num_bytes)
+        return self._again(what, lambda: getattr(self._filesystem, method)(*arguments, **options))
+
+    def _deadline(self, num_bytes: int) -> dict[str, float]:
+        """An argument for the rest of fsspec's clients: else a peer that is gone is waited for without end."""
+        if not isinstance(self._filesystem, AsyncFileSystem) or self._client in ("s3fs", "gcsfs"):
+            return {}
+        return {"timeout": ANSWER_S + num_bytes / MIN_RATE}
+
+    def _again(self, what: str, request: Callable[[], T]) -> T:
+        with named_client_errors(what):
+            return again(request, self._retry_s)
 
     def _fetch(self, bucket: ObstoreBucket | None, full: str, start: int, end: int, what: str) -> memoryview:
-        """Fewer bytes where the file ends before `end`, or EOFError."""
+        """The bytes [start, end). EOFError if the file ends before."""
         filesystem = self._filesystem
+
+        def fetch() -> memoryview:
+            if bucket:
+                chunk = bucket.read(filesystem.split_path(full)[1], start, end)
+            else:
+                chunk = memoryview(filesystem.cat_file(full, start=start, end=end, **self._deadline(end - start)))
+            if len(chunk) != end - start and (len(chunk) > end - start or filesystem.size(full) >= end):
+                raise OSError(errno.EIO, f"{len(chunk)} bytes came, {end - start} were asked for")
+            return chunk
+
         try:
-            with named_client_errors(what):
-                if bucket:
-                    return bucket.read(filesystem.split_path(full)[1], start, end)
-                return memoryview(filesystem.cat_file(full, start=start, end=end))
+            chunk = self._again(what, fetch)
         except OSError as exc:
             if exc.errno == OUT_OF_RANGE:
                 raise EOFError(f"{what}: the file is shorter than the {end} bytes asked for") from exc
             raise
+        if len(chunk) != end - start:
+            raise EOFError(f"{what}: the file ends at byte {start + len(chunk)}, byte {end - 1} was asked for")
+        return chunk
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{check_path(path)}"
@@ -238,7 +298,7 @@ class FsspecStorage:
     def _what(self, operation: str, path: str) -> str:
         return f"{operation} {path} at {self.url}" if path else f"{operation} {self.url}"
 
-    def _create(self, full: str, data: bytes) -> None:
+    def _create(self, full: str, data: bytes, what: str) -> None:
         filesystem = self._filesystem
         if get_protocol(self._full_url) == "memory":
             # Its own create looks first and stores afterwards, so that two threads can both win.
@@ -246,69 +306,67 @@ class FsspecStorage:
 
             mine = MemoryFile(filesystem, full, data)
             if filesystem.store.setdefault(full, mine) is not mine:
-                raise FileExistsError("the file exists")
+                raise FileExistsError(errno.EEXIST, f"{what}: the file exists")
             return
         # Also where create is honoured: some servers behind the S3 protocol ignore the condition (rclone, s3rver).
-        if filesystem.exists(full):
-            raise FileExistsError("the file exists")
-        self._pipe(full, data, **({"mode": "create"} if self._client in HONOURS_CREATE else {}))
+        if self._ask(what, "exists", full):
+            raise FileExistsError(errno.EEXIST, f"{what}: the file exists")
+        self._pipe(full, data, what, **({"mode": "create"} if self._client in HONOURS_CREATE else {}))
 
     def _pipe_and_check(self, full: str, data: bytes | memoryview, what: str) -> None:
-        with named_client_errors(what):
-            self._pipe(full, data)
-            stored = self._filesystem.size(full)
+        self._pipe(full, data, what)
+        stored = self._ask(what, "size", full)
         if stored != len(data):
             raise OSError(errno.EIO, f"{what}: {stored} bytes were stored, {len(data)} were sent")
 
-    def _pipe(self, full: str, data: bytes | memoryview, **options: Any) -> None:
+    def _pipe(self, full: str, data: bytes | memoryview, what: str, **options: Any) -> None:
         """One object in one call. Never through `open(full, "wb")`: an exception in its block publishes the half."""
-        filesystem = self._filesystem
-        if isinstance(filesystem, AsyncFileSystem):
-            options["timeout"] = 30.0 + len(data) / MIB  # else a peer that stops reading is waited for without end
         if self._client == "s3fs":
             options["chunksize"] = 5 << 30  # one PUT: radosgw ignores the condition of a create on a multipart upload
         if self._client == "gcsfs":
             options["chunksize"] = 32 * MIB
         try:
-            filesystem.pipe_file(full, data, **options)
+            self._ask(what, "pipe_file", full, data, num_bytes=len(data), **options)
         except FileNotFoundError:
             if self._client in ("s3fs", "gcsfs"):  # no such bucket
                 raise
-            filesystem.makedirs(full.rpartition("/")[0], exist_ok=True)
-            filesystem.pipe_file(full, data, **options)
+            self._ask(what, "makedirs", full.rpartition("/")[0], exist_ok=True)
+            self._ask(what, "pipe_file", full, data, num_bytes=len(data), **options)
 
     def _delete_s3(self, names: Sequence[str]) -> list[OSError]:
         failures: list[OSError] = []
-        filesystem = self._filesystem
+        filesystem, what = self._filesystem, self._what("delete at", "")
         for start in range(0, len(names), DELETE_KEYS):
-            keys = [filesystem.split_path(name)[:2] for name in names[start : start + DELETE_KEYS]]
-            request = {"Objects": [{"Key": key} for _, key in keys], "Quiet": True}
+            batch = [filesystem.split_path(name)[:2] for name in names[start : start + DELETE_KEYS]]
+            left = [key for _, key in batch]
+
+            def delete(bucket: str = batch[0][0], left: list[str] = left) -> list[OSError]:
+                """What is refused; what only failed is left, and an error."""
+                request = {"Objects": [{"Key": key} for key in left], "Quiet": True}
+                answer = sync(filesystem.loop, filesystem._call_s3, "delete_objects", Bucket=bucket, Delete=request)
+                errors = {str(error["Key"]): s3_error(error) for error in answer.get("Errors", ())}
+                left[:] = [key for key, error in errors.items() if may_pass(error)]
+                if left:
+                    raise errors[left[0]]
+                return list(errors.values())
+
             try:
-                with named_client_errors(self._what("delete at", "")):
-                    answer = sync(
-                        filesystem.loop, filesystem._call_s3, "delete_objects", Bucket=keys[0][0], Delete=request
-                    )
+                with named_client_errors(what):
+                    failures += again(delete, min(self._retry_s, CLEANING_S))
             except OSError as exc:
                 failures.append(exc)
-                continue
-            failures += [
-                PermissionError(errno.EACCES, f"{error['Key']}: {error.get('Code')} {error.get('Message', '')}")
-                for error in answer.get("Errors", ())
-            ]
         return failures
 
     def _delete_each(self, names: Sequence[str]) -> list[OSError]:
         def delete(name: str) -> OSError | None:
             try:
-                with named_client_errors(name):
-                    filesystem.rm_file(name)
+                self._ask(name, "rm_file", name)
             except FileNotFoundError:
                 return None
             except OSError as exc:
                 return exc
             return None
 
-        filesystem = self._filesystem
         with ThreadPoolExecutor(self._num_threads) as pool:
             return [failure for failure in pool.map(delete, names) if failure]
 

@@ -24,13 +24,12 @@ LARGE = 12 * MIB  # three parts
 
 @pytest.fixture
 def through(s3_url, s3_options, s3_server):
-    """Opens a storage behind a proxy; `config` goes to botocore, and s3fs itself tries once."""
+    """Opens a storage behind a proxy; `config` goes to botocore. Nothing is tried again unless `retry_timeout` says."""
 
-    def opened(proxy: S3Proxy, **config):
+    def opened(proxy: S3Proxy, *, retry_timeout=0.0, **config):
         options = s3_options | {"client_kwargs": {"endpoint_url": proxy.endpoint}}
-        options["config_kwargs"] = options["config_kwargs"] | {"retries": {"max_attempts": 0}} | config
-        storage = open_storage(s3_url, options)
-        storage._filesystem.retries = 1
+        options["config_kwargs"] = options["config_kwargs"] | config
+        storage = open_storage(s3_url, options, retry_timeout=retry_timeout)
         storage.part_bytes = 5 * MIB
         return storage
 
@@ -144,7 +143,7 @@ def test_a_part_that_fails_once_is_sent_again(through, bare, s3_server, fault):
         return fault if (request.operation, request.number) == ("PUT part", 2) else ""
 
     with S3Proxy(s3_server.endpoint, breaks) as proxy:
-        data = write(through(proxy, retries={"max_attempts": 2}))
+        data = write(through(proxy, retry_timeout=60))
         assert proxy.operations.count("PUT part") == 4
     assert bare.read_file("file") == data
 
@@ -217,7 +216,7 @@ def test_a_range_that_fails_once_is_fetched_again(through, bare, s3_server, faul
         return fault if (request.operation, request.number) == ("GET object", 1) else ""
 
     with S3Proxy(s3_server.endpoint, breaks) as proxy:
-        through(proxy, retries={"max_attempts": 2}).read_into("file", [(0, out)])
+        through(proxy, retry_timeout=60).read_into("file", [(0, out)])
     assert out == data
 
 

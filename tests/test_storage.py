@@ -29,7 +29,7 @@ from gcsfs.retry import HttpError
 from google.auth.exceptions import RefreshError
 from s3fs.errors import translate_boto_error
 
-from asyncckpt import local_file, s3_upload
+from asyncckpt import client_requests, local_file, s3_upload
 from asyncckpt.client_errors import named_client_errors
 from asyncckpt.storage import Storage, open_storage, redact
 from asyncckpt.storage_fsspec import FsspecStorage
@@ -624,7 +624,7 @@ def test_s3_takes_its_own_first_try_at_create_for_success(s3, monkeypatch):
 
 def test_s3_gives_up_on_a_server_that_stops_reading(monkeypatch):
     """A stalled upload is a TimeoutError: no timeout of botocore covers it."""
-    monkeypatch.setattr(s3_upload, "STALL_S", 0.1)
+    monkeypatch.setattr(client_requests, "STALL_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, reads nothing
         options = {
             "key": "k",
@@ -632,7 +632,7 @@ def test_s3_gives_up_on_a_server_that_stops_reading(monkeypatch):
             "endpoint_url": f"http://127.0.0.1:{deaf.getsockname()[1]}",
             "config_kwargs": {"read_timeout": 0.2, "s3": {"payload_signing_enabled": False}},
         }
-        storage = open_storage("s3://bucket/run", options, transfer="fsspec")
+        storage = open_storage("s3://bucket/run", options, transfer="fsspec", retry_timeout=0)
         with pytest.raises(TimeoutError, match="write file at s3://bucket/run: the server took nothing"):
             storage.write_file("file", 16 * MIB, iter([memoryview(bytes(16 * MIB))]))
 
@@ -704,8 +704,7 @@ def test_gcs_without_the_bucket_is_a_file_not_found_error(gs_options):
 def test_nobody_at_the_endpoint_is_a_connection_error():
     """Nothing that a caller must import a client to catch."""
     options = {"key": "k", "secret": "s", "endpoint_url": "http://127.0.0.1:1"}
-    storage = open_storage("s3://bucket/run", options | {"config_kwargs": {"retries": {"max_attempts": 0}}})
-    storage._filesystem.retries = 1
+    storage = open_storage("s3://bucket/run", options, retry_timeout=0)
     with pytest.raises(ConnectionError, match="list s3://bucket/run"):
         storage.list_files()
 
