@@ -114,13 +114,15 @@ class Restored(Event):
 
     num_bytes: that this rank took from storage, which with `read_once` is a part of what it got. ignored_keys: keys of
     the checkpoint that the state dict did not ask for. skipped_steps: newer steps that `restore_latest` passed over as
-    damaged.
+    damaged; skip_reasons: why, each as this rank knows it. checksums: what was verified, as in VerifyReport.
     """
 
     num_bytes: int
     restore_s: float
     ignored_keys: tuple[str, ...] = ()
     skipped_steps: tuple[int, ...] = ()
+    skip_reasons: tuple[str, ...] = ()
+    checksums: str = "manifest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,10 @@ def log_events(event: Event) -> None:
             )  # fmt: skip
         case Skipped():
             logger.warning("step %d at %s skipped: %s", event.step, event.url, event.reason)
-        case Restored() if event.ignored_keys or event.skipped_steps:
+        case Unguarded():
+            logger.warning("%s does not refuse to overwrite: one run alone may write there", event.url)
+        case Restored() if event.ignored_keys or event.skipped_steps or event.checksums == "none":
+            skipped = zip(event.skipped_steps, event.skip_reasons, strict=False)
             logger.warning(
                 "step %d restored from %s; %d keys of the checkpoint were not asked for; damaged newer steps: %s",
                 event.step, event.url, len(event.ignored_keys), list(event.skipped_steps) or "none",

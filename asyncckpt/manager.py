@@ -13,7 +13,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from asyncckpt import events
-from asyncckpt.arguments import check_arguments, check_step, finite_metrics, json_metadata
+from asyncckpt.arguments import check_arguments, check_retry_timeout, check_step, finite_metrics, json_metadata
 from asyncckpt.errors import (
     CheckpointError,
     DamagedStepError,
@@ -37,14 +38,24 @@ from asyncckpt.plan import SavePlanning
 from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
 from asyncckpt.preemption import GracePeriod, SavePace, SigtermHandler, in_ms, why_too_late
 from asyncckpt.ranks import Ranks
-from asyncckpt.restore import Index, OpenStep, Restoring, open_step, prepare, read, read_index
+from asyncckpt.restore import (
+    HALF_RESTORED,
+    UNCHANGED,
+    Index,
+    OpenStep,
+    Restoring,
+    open_step,
+    prepare,
+    read,
+    read_index,
+)
 from asyncckpt.save import SaveJob, Saver
 from asyncckpt.state import State, for_restore, for_save, num_bytes_of, take_restored
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
-from asyncckpt.storage import open_storage
+from asyncckpt.storage import RETRY_S, open_storage
 from asyncckpt.sync_point import SyncPoint
 from asyncckpt.train_state import TrainState
-from asyncckpt.verify import VerifyReport, verify_step
+from asyncckpt.verify import VerifyReport, data_files, file_problems, verify_step
 from asyncckpt.writer import BackgroundWriter
 from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager, StagedSnapshot, StagingError
 
@@ -53,6 +64,26 @@ PREEMPTION, CLOCK = "SIGTERM", "clock"
 _STAGED, _FAILED, _FAILED_BEFORE = 0, 1, 2
 _DONE, _DAMAGED, _IMPOSSIBLE = 0, 1, 2
 T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What a restore has come to so far. walks: goes on with another step. skipped: {step: why}. changed: {step: this
+    rank's keys that it overwrites}."""
+
+    walks: bool = False
+    verify: bool = False
+    skipped: dict[int, str] = field(default_factory=dict)
+    changed: dict[int, set[str]] = field(default_factory=dict)
+
+    def check_overwritten_by(self, restoring: Restoring) -> None:
+        """That what earlier tries have changed does not stay."""
+        left = sorted(set[str]().union(*self.changed.values()) - restoring.overwrites)
+        if left:
+            raise StateMismatchError(f"{len(left)} keys of those are not in this one: {', '.join(left[:8])}")
+
+    def consequence(self) -> str:
+        return "The state may be half overwritten: do not train on." if self.changed else "Nothing was changed."
 
 
 class CheckpointManager:
@@ -82,6 +113,7 @@ class CheckpointManager:
     save_planner, load_planner: DCP planners in place of the default ones; copied for each use.
     safe_globals: classes that objects in a checkpoint may be made of, besides those torch's `weights_only` allows.
     timeout: seconds for which ranks wait for each other in any phase.
+    retry_timeout: seconds after which a request to an object store that fails is not tried again; 0: never.
     read_once: on restore, what several ranks want alike is read by one of them and passed on to the others: for storage
         that is slower than the network between ranks. Rank 0's word counts.
 
@@ -110,11 +142,15 @@ class CheckpointManager:
         load_planner: LoadPlanner | None = None,
         safe_globals: Iterable[Any] = (),
         timeout: float = 600.0,
+        retry_timeout: float = RETRY_S,
         grace_period: float | None = None,
         read_once: bool = False,
     ) -> None:
         check_arguments(save_interval, max_to_keep, max_pending_async, num_of_threads, on_busy, timeout, grace_period)
-        self._storage = open_storage(path, storage_options, num_threads=num_of_threads, transfer=transfer)
+        check_retry_timeout(retry_timeout)
+        self._storage = open_storage(
+            path, storage_options, num_threads=num_of_threads, transfer=transfer, retry_timeout=retry_timeout
+        )
         self._sinks = (log_events, *events)
         self._policy = save_policy or SaveEvery(save_interval)
         self._on_busy = on_busy
@@ -473,13 +509,16 @@ class CheckpointManager:
         self._index.protect(step)
 
     def verify(self, step: int) -> VerifyReport:
-        """Read every byte of a step and compare it with its checksums. Not collective; blocks for as long as it takes.
+        """Read every byte of a step and compare it with its checksums; blocks for as long as that takes.
 
-        Raises DamagedStepError with every difference, StepNotFoundError.
+        Not collective: each call reads the whole step, so one rank's is enough. What else lies in the step's folder,
+        the data of a save that died, is no damage. Memory: 64 MiB. Raises DamagedStepError that lists what differs;
+        StepNotFoundError; RestoreError: the step cannot be read.
         """
         self._check_known(step)
         self._writer.join()  # a step saved again has its old `.metadata` until the writer comes to it
-        return verify_step(self._storage, self._open(step))
+        with self._reading(step):
+            return verify_step(self._storage, str(step))
 
     # -- restoring
 
@@ -494,60 +533,67 @@ class CheckpointManager:
         nothing was changed; UnsafeObjectError; DamagedStepError: `state_dict` may be half overwritten.
         """
         self._check_open()
-        self._restore(step, state_dict, strict, skipped=())
+        self._restore(step, state_dict, strict, _Tries())
 
-    def restore_latest(self, state_dict: TrainState | dict[str, Any]) -> int | None:
+    def restore_latest(self, state_dict: TrainState | dict[str, Any], *, verify: bool = False) -> int | None:
         """Restore the step committed last, or, where that is damaged, the one before it, and so on; the step restored.
 
-        None: there is no step, and nothing was changed. A damaged step may leave tensors half overwritten, but then
-        the next one overwrites the same keys; if none is whole, DamagedStepError says that the state is unusable.
+        None: there is no step, and nothing was changed. A step whose manifest is damaged or whose files are not all
+        there in their length is passed over before anything is changed. Other damage shows when the bytes are read,
+        into the state; then an older step is taken only if it overwrites every key that was changed, else RestoreError
+        says that the state is unusable, and so does DamagedStepError if no step is whole.
+        verify: read every file of a step first, each on one rank, so that a damaged step changes nothing: twice the
+        bytes from storage.
         """
         self._check_open()
         self._writer.join()
-        damaged: list[int] = []
-        last_error: Exception | None = None
+        tries = _Tries(walks=True, verify=verify)
         for step, _ in reversed(self._index.by_commit()):
             try:
-                self._restore(step, state_dict, strict=False, skipped=tuple(damaged))
+                self._restore(step, state_dict, False, tries)
             except DamagedStepError as exc:
-                damaged.append(step)
+                tries.skipped[step] = str(exc).removesuffix(UNCHANGED).removesuffix(HALF_RESTORED).rstrip(" .")
                 last_error = exc
             else:
                 return step
-        if last_error is not None:
+        if tries.skipped:
+            reasons = "".join(f"\n  step {step}: {reason}" for step, reason in tries.skipped.items())
             raise DamagedStepError(
-                f"no step at {self.url} is whole, tried {damaged}. The state may be half overwritten: do not train on. "
-                f"The last error: {last_error}",
+                f"no step at {self.url} is whole, tried {list(tries.skipped)}. {tries.consequence()}{reasons}",
                 url=self.url,
             ) from last_error
         return None
 
-    def _restore(self, step: int, state: TrainState | dict[str, Any], strict: bool, skipped: tuple[int, ...]) -> None:
+    def _restore(self, step: int, state: TrainState | dict[str, Any], strict: bool, tries: _Tries) -> None:
         started = time.perf_counter()
         self._ranks.step = step
         self.wait_staged()
         for _ in range(3):  # once more if another run saves the step anew while we read it
             # Two agreements, so that nothing is changed on any rank while one has found that it cannot restore.
-            sequences, restoring = self._on_all_ranks(step, self._prepare, state, self._shared_index(step))
+            sequences, restoring = self._on_all_ranks(step, self._prepare, state, tries, self._shared_index(step))
             if len(set(sequences)) > 1:
                 continue
             ignored = self._unasked_by_all(restoring.unasked)
             if strict and ignored:
                 raise StateMismatchError(
-                    f"step {step} at {self.url} has {len(ignored)} keys that are in no rank's state dict. Nothing was "
-                    "changed.\n  " + "\n  ".join(f"not in the state dict: {key!r}" for key in ignored),
+                    f"step {step} at {self.url} has {len(ignored)} keys that are in no rank's state dict. "
+                    f"{tries.consequence()}\n  " + "\n  ".join(f"not in the state dict: {key!r}" for key in ignored),
                     step=step, url=self.url,
                 )  # fmt: skip
+            if tries.verify and min(self._on_all_ranks(step, self._verify_share, restoring.step)[0]) < 0:
+                continue
+            tries.changed[step] = restoring.overwrites
             num_bytes, _ = self._on_all_ranks(step, self._read, state, restoring)
             if min(num_bytes) >= 0:
                 self._emit_now(
                     events.Restored, step, num_bytes=num_bytes[self._ranks.rank],
-                    restore_s=time.perf_counter() - started, ignored_keys=ignored, skipped_steps=skipped,
+                    restore_s=time.perf_counter() - started, ignored_keys=ignored, checksums=restoring.checksums,
+                    skipped_steps=tuple(tries.skipped), skip_reasons=tuple(tries.skipped.values()),
                 )  # fmt: skip
                 return
         raise RestoreError(
-            f"step {step} at {self.url} was saved again by another run each time it was read. The state may be half "
-            "overwritten: do not train on. Restore another step, or end one of the two runs.",
+            f"step {step} at {self.url} was saved again by another run each time it was read. {tries.consequence()} "
+            "Restore another step, or end one of the two runs.",
             step=step, url=self.url,
         )  # fmt: skip
 
@@ -600,16 +646,45 @@ class CheckpointManager:
         return self._ranks.broadcast_object(index, phase="restore")
 
     def _prepare(
-        self, step: int, state: TrainState | dict[str, Any], index: Index | None = None
+        self, step: int, state: TrainState | dict[str, Any], tries: _Tries, index: Index | None
     ) -> tuple[int, Restoring]:
         """(sequence number of the save to be read, how)."""
         self._check_known(step)
-        opened = self._open(step, index)
-        restoring = prepare(
-            self._storage, opened, for_restore(state, opened.saved, self._ranks.rank, self._ranks.world_size),
-            is_coordinator=self._ranks.is_coordinator, load_planner=self._load_planner, safe_globals=self._safe_globals,
-        )  # fmt: skip
+        try:
+            opened = self._open(step, index)
+            target = for_restore(state, opened.saved, self._ranks.rank, self._ranks.world_size)
+            restoring = prepare(
+                self._storage, opened, target, is_coordinator=self._ranks.is_coordinator,
+                load_planner=self._load_planner, safe_globals=self._safe_globals,
+            )  # fmt: skip
+            tries.check_overwritten_by(restoring)
+        except StepNotFoundError as exc:
+            if not tries.walks:
+                raise
+            raise DamagedStepError(f"step {step} at {self.url} was listed and is gone. {UNCHANGED}") from exc
+        except StateMismatchError as exc:
+            if not tries.changed:
+                raise
+            raise RestoreError(
+                f"step {step} at {self.url} does not fit the state, which was half overwritten by steps "
+                f"{list(tries.changed)}: do not train on. Make the state anew and restore step {step} into it. "
+                + str(exc).replace(" Nothing was changed.", ""),
+                step=step, url=self.url,
+            ) from exc  # fmt: skip
         return opened.sequence, restoring
+
+    def _verify_share(self, step: int, opened: OpenStep) -> tuple[int, None]:
+        """Every so-many-th file; (-1: another run saved the step anew, None)."""
+        if opened.manifest is None:
+            return 0, None
+        files = data_files(opened, opened.manifest)[self._ranks.rank :: self._ranks.world_size]
+        with self._reading(step):
+            problems = list(file_problems(self._storage, opened, opened.manifest, files))
+        if problems and self._open(step).sequence != opened.sequence:
+            return -1, None
+        if problems:
+            raise DamagedStepError(f"{'; '.join(problems)}. {UNCHANGED}", step=step, url=self.url)
+        return 0, None
 
     def _read(self, step: int, state: TrainState | dict[str, Any], restoring: Restoring) -> tuple[int, None]:
         """(bytes read, or -1: another run saved the step anew and deleted the files we were reading)."""
@@ -618,7 +693,7 @@ class CheckpointManager:
         except DamagedStepError as exc:
             if isinstance(exc.__cause__, FileNotFoundError) and self._open(step).sequence != restoring.step.sequence:
                 return -1, None
-            raise
+            raise DamagedStepError(f"{exc}. {HALF_RESTORED}", step=step, url=self.url) from exc
         except OSError as exc:
             raise RestoreError(
                 f"step {step} at {self.url} cannot be read: {exc}. The state may be half overwritten: restore it again "
@@ -631,14 +706,22 @@ class CheckpointManager:
         return num_bytes, None
 
     def _open(self, step: int, index: Index | None = None) -> OpenStep:
-        try:
+        with self._reading(step):
             return open_step(self._storage, str(step), index)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """What storage raises, in words; for reads that change nothing."""
+        try:
+            yield
         except StepNotFoundError as exc:
             raise self._unknown(step) from exc
         except OSError as exc:
             raise RestoreError(
                 f"step {step} at {self.url} cannot be read: {exc}. Nothing was changed.", step=step, url=self.url
             ) from exc
+        except CheckpointError as exc:
+            raise self._located(exc, step) from exc.__cause__
 
     def _check_known(self, step: int) -> None:
         check_step(step)

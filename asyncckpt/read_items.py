@@ -9,11 +9,13 @@ read_whole.py does not take, and by ShardReader (dcp.py); knows nothing of steps
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from asyncckpt.chunks import Chunk, payload_bytes_of
 from asyncckpt.errors import DamagedStepError
 from asyncckpt.framing import BLOCK_BYTES, Layout
+from asyncckpt.objects import load_object
 from asyncckpt.read import (
     COALESCE_GAP_BYTES,
     RUN_BYTES,
@@ -36,13 +39,16 @@ from asyncckpt.read import (
 from asyncckpt.shard import payload_view
 from asyncckpt.storage import Storage
 
+_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+_LEGACY_START = b"\x80\x02\x8a\x0a" + _MAGIC + b"."  # its pickle, protocol 2
+
 
 @dataclass(slots=True)
 class _Fetch:
     """One chunk's share of the plan: the range [offset, offset + size) of a file, and whom it serves.
 
     first: where the range starts in the payload, a multiple of BLOCK_BYTES. direct: the target, if the range can be
-    read right into it.
+    read right into it. is_unverified: it was read, and has no checksum.
     """
 
     path: str
@@ -53,6 +59,7 @@ class _Fetch:
     first: int = 0
     items: list[tuple[ReadItem, torch.Tensor | None]] = field(default_factory=list)
     direct: torch.Tensor | None = None
+    is_unverified: bool = False
 
 
 def read_items(
@@ -61,9 +68,11 @@ def read_items(
     where: Mapping[MetadataIndex, Chunk | _StorageInfo],
     items: Iterable[ReadItem],
     planner: LoadPlanner,
+    unverified: list[str] | None = None,
 ) -> int:
     """Carry out a load plan and return the bytes read. `folder` is what the files' names are relative to.
 
+    unverified: gets the keys of those items of a stock step that carry no checksum.
     Raises DamagedStepError with file, key, offset, expected and found; targets may be partly overwritten by then.
     """
     fetches = list(_fetches(folder, where, items, planner))
@@ -75,6 +84,8 @@ def read_items(
         for item, target in fetch.items:
             if target is not None:
                 planner.commit_tensor(item, target)
+    if unverified is not None:
+        unverified += (fetch.key for fetch in fetches if fetch.is_unverified)
     return num_bytes
 
 
@@ -202,31 +213,67 @@ def _copy_box(view: memoryview, first: int, layout: Layout, item: ReadItem, targ
     target.copy_(payload_tensor(piece, layout, item.lengths))
 
 
-def check_stock_item(data: bytes) -> str:
-    """What is wrong with an item by the CRC32s of its own zip; "" if nothing is."""
+def check_stock_item(item: io.BufferedReader | io.BytesIO) -> bool:
+    """Whether an item of a stock step has checksums, which are then right: the CRC32s of its own zip.
+
+    It has none if it was saved with `torch.serialization.set_crc32_options(False)`, which leaves zeros. Raises
+    ValueError: it differs from its checksums, or is in a format that is not read here.
+    """
+    start = item.read(len(_LEGACY_START))
+    if start == _LEGACY_START:
+        raise ValueError("it is in torch.save's format before 1.6; load it with torch and save it again")
+    if start[8:9] == b"{":
+        raise ValueError("it is in safetensors, which torch's FileSystemReader does not read either")
     try:
-        return zipfile.ZipFile(io.BytesIO(data)).testzip() or ""
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as exc:
-        return str(exc) or type(exc).__name__
+        with zipfile.ZipFile(item) as archive:
+            records = [record for record in archive.infolist() if record.file_size]
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("a record is compressed, and torch compresses none")
+            if not any(record.CRC for record in records):
+                return False
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError) as exc:
+        raise ValueError(str(exc) or type(exc).__name__) from exc
+    if bad:
+        raise ValueError(f"its record {bad} differs from its CRC32")
+    return True
 
 
 def _deliver_stock(url: str, fetch: _Fetch, view: memoryview) -> list[tuple[ReadItem, bytes]]:
     """An item of a stock step: its zip's own CRC32s are all there is to verify it by."""
     data = bytes(view)
-    if bad := check_stock_item(data):
+    try:
+        fetch.is_unverified = not check_stock_item(io.BytesIO(data))
+        if fetch.items[0][0].type == LoadItemType.BYTE_IO:
+            return [(item, data) for item, _ in fetch.items]
+        saved = load_object(data, (), fetch.key)
+    except ValueError as exc:
         raise DamagedStepError(
             f"{fetch.path} at {url} is damaged: the item of {fetch.key!r} at offset {fetch.offset} is no intact "
-            f"archive ({bad})"
-        )
-    if fetch.items[0][0].type == LoadItemType.BYTE_IO:
-        return [(item, data) for item, _ in fetch.items]
-    saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            f"archive ({exc})"
+        ) from exc
     for item, target in fetch.items:
         assert target is not None
-        box = saved
-        for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            box = box.narrow(dim, offset, length)
-        if box.shape != target.shape or box.dtype != target.dtype:
-            raise DamagedStepError(f"{fetch.path} at {url}: {fetch.key!r} holds {box.dtype} {tuple(box.shape)}")
+        box = _box_of(saved, item)
+        if box is None or box.shape != target.shape or box.dtype != target.dtype:
+            raise DamagedStepError(
+                f"{fetch.path} at {url} is damaged: the item of {fetch.key!r} at offset {fetch.offset} holds "
+                f"{_describe(saved)}, where the index says {target.dtype} {tuple(target.shape)}"
+            )
         target.copy_(box)
     return []
+
+
+def _box_of(saved: Any, item: ReadItem) -> torch.Tensor | None:
+    """The wanted part of a stock tensor; None: it has none."""
+    if not isinstance(saved, torch.Tensor) or saved.dim() != len(item.lengths):
+        return None
+    for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        if offset + length > saved.size(dim):
+            return None
+        saved = saved.narrow(dim, offset, length)
+    return saved
+
+
+def _describe(saved: Any) -> str:
+    return f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__

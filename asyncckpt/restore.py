@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from asyncckpt.chunks import Chunk, Key, Keys, keys_of
 from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
 from asyncckpt.errors import DamagedStepError, RestoreError, StateMismatchError, StepNotFoundError
 from asyncckpt.framing import encode_object
-from asyncckpt.manifest import Manifest, ManifestError, decode_manifest
+from asyncckpt.manifest import Head, Manifest, ManifestError, decode_manifest
 from asyncckpt.objects import load_object
 from asyncckpt.per_rank import saved_ranks
 from asyncckpt.plan import Leaf, leaves
@@ -42,8 +42,11 @@ from asyncckpt.ranks import Ranks
 from asyncckpt.read_items import read_items
 from asyncckpt.read_once import read_shared
 from asyncckpt.read_whole import Whole, find_whole, read_whole
-from asyncckpt.steps import DCP_METADATA, StepFiles, read_step_files
+from asyncckpt.steps import DCP_METADATA, StepFiles, is_attempt_of, manifest_name, read_step_files
 from asyncckpt.storage import Storage
+
+UNCHANGED = "Nothing was changed. Restore another step, or use restore_latest, which skips this one."
+HALF_RESTORED = "The state may be half overwritten: restore a whole step into it before training on."
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,33 +105,48 @@ class _SavedKeys(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
         return TensorStorageMetadata(TensorProperties(getattr(torch, key.dtype)), torch.Size(key.shape), chunks=[])
 
 
-Index: TypeAlias = tuple[str, bytes]
-"""A manifest's name, from the storage's root on, and what it holds."""
+class Index(NamedTuple):
+    """path: a manifest's, from the storage's root on. data: what it holds. sizes: of all files of its step."""
+
+    path: str
+    data: bytes
+    sizes: Mapping[str, int]
 
 
-def open_step(storage: Storage, folder: str, index: Index | None = None) -> OpenStep:
+def open_step(storage: Storage, folder: str, index: Index | None = None, *, check_files: bool = True) -> OpenStep:
     """Open the newest committed save of a step folder, or the foreign checkpoint in it.
 
-    index: what `read_index` gave another rank; None: it is read here. Raises StepNotFoundError (nothing whole is
-    there), DamagedStepError.
+    index: what `read_index` gave another rank; None: it is read here. check_files: that all of them are there in their
+    length. Raises StepNotFoundError (nothing whole is there), DamagedStepError.
     """
-    if index is None:
-        index = read_index(storage, folder)
-    if index is None:
-        return _open_foreign(storage, folder, read_step_files(_below(storage.list_files(folder), folder)))
-    manifest = _decode(storage, index)
-    return OpenStep(folder, join(folder, manifest.head.attempt), manifest, Keys.of(manifest.keys))
+    before: tuple[str, list[str]] | None = None
+    found = index or read_index(storage, folder)
+    while found is not None:
+        manifest = _decode(storage, folder, found.path, found.data)
+        wrong = _wrong_files(folder, manifest, found.sizes) if check_files else []
+        if not wrong:
+            return OpenStep(folder, join(folder, manifest.head.attempt), manifest, Keys.of(manifest.keys))
+        # A listing is of no single moment, and the step may be saved again during it: damage is what stays.
+        if before == (found.path, wrong):
+            named = "; ".join(wrong[:8]) + ("; ..." if len(wrong) > 8 else "")
+            raise DamagedStepError(
+                f"the checkpoint at {join(storage.url, folder)} is damaged, {len(wrong)} of {len(manifest.files)} "
+                f"files are missing or of another length: {named}. {UNCHANGED}"
+            )
+        before, found = (found.path, wrong), read_index(storage, folder)
+    return _open_foreign(storage, folder, check_files)
 
 
 def read_index(storage: Storage, folder: str) -> Index | None:
     """The newest manifest of a step folder, as it is stored; None: there is none."""
     while True:
-        files = read_step_files(_below(storage.list_files(folder), folder))
+        sizes = storage.list_files(folder)
+        files = read_step_files(_below(sizes, folder))
         if files.sequence is None:
             return None
         path = join(folder, files.manifests[files.sequence])
         try:
-            return path, storage.read_file(path)
+            return Index(path, storage.read_file(path), sizes)
         except FileNotFoundError:  # the step was saved again between the listing and the read: look again
             continue
 
@@ -137,21 +155,41 @@ def read_manifest(storage: Storage, folder: str, files: StepFiles) -> Manifest:
     """The newest manifest of a step. FileNotFoundError if it is gone by now, DamagedStepError if it is unreadable."""
     assert files.sequence is not None
     path = join(folder, files.manifests[files.sequence])
-    return _decode(storage, (path, storage.read_file(path)))
+    return _decode(storage, folder, path, storage.read_file(path))
 
 
-def _decode(storage: Storage, index: Index) -> Manifest:
-    path, data = index
+def _decode(storage: Storage, folder: str, path: str, data: bytes) -> Manifest:
     try:
-        return decode_manifest(data)
-    except ManifestError as exc:
-        raise DamagedStepError(
-            f"the manifest {path} at {storage.url} is damaged: {exc}. Nothing was changed. "
-            "Restore another step, or use restore_latest, which skips this one."
-        ) from exc
+        manifest = decode_manifest(data)
+        _check_place(manifest.head, folder, path)
+    except (ManifestError, TypeError, ValueError) as exc:  # the latter: of a head with other types in it
+        raise DamagedStepError(f"the manifest {path} at {storage.url} is damaged: {exc}. {UNCHANGED}") from exc
+    return manifest
 
 
-def _open_foreign(storage: Storage, folder: str, files: StepFiles) -> OpenStep:
+def _check_place(head: Head, folder: str, path: str) -> None:
+    """That a manifest lies where it was written: a whole one of another save or step would restore the wrong state.
+    The folder of a single step, opened as the root (""), may have any name."""
+    if path != join(folder, manifest_name(head.sequence)) or not is_attempt_of(head.attempt, head.sequence):
+        raise ManifestError(f"it is of the save {head.attempt!r} with number {head.sequence}, moved or renamed")
+    if folder and folder != str(head.step):
+        raise ManifestError(f"it is of step {head.step}, and was copied or moved from there; ShardReader reads it")
+
+
+def _wrong_files(folder: str, manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
+    found: list[str] = []
+    for file in manifest.files:
+        path = join(folder, f"{manifest.head.attempt}/{file.name}")
+        if path not in sizes:
+            found.append(f"{path} is missing")
+        elif sizes[path] != file.size:
+            found.append(f"{path} has {sizes[path]} bytes, the manifest says {file.size}")
+    return found
+
+
+def _open_foreign(storage: Storage, folder: str, check_files: bool) -> OpenStep:
+    sizes = storage.list_files(folder)
+    files = read_step_files(_below(sizes, folder))
     if not files.is_foreign or DCP_METADATA not in files.other:
         state = "a save that was never committed" if files.attempts else "no checkpoint"
         raise StepNotFoundError(f"{join(storage.url, folder)} holds {state}", known=[], url=storage.url)
@@ -166,13 +204,27 @@ def _open_foreign(storage: Storage, folder: str, files: StepFiles) -> OpenStep:
                 f"{path} at {storage.url}: {index.fqn!r} was stored through {info}, which only the writer of this "
                 "checkpoint can read. Load it with torch.distributed.checkpoint.load and save it again."
             )
+        if check_files and not is_inside(info, join(folder, info.relative_path), sizes):
+            raise DamagedStepError(
+                f"the checkpoint at {join(storage.url, folder)} is damaged: {info.relative_path} should hold "
+                f"{index.fqn!r} at offset {info.offset}, {info.length} bytes, and has "
+                f"{sizes.get(join(folder, info.relative_path), 'none at all')}. {UNCHANGED}"
+            )
     return OpenStep(folder, folder, None, keys_of(metadata), metadata)
+
+
+def is_inside(info: _StorageInfo, path: str, sizes: Mapping[str, int]) -> bool:
+    """Whether an item of a foreign step lies within `path`, a file that was listed: its index may say anything."""
+    if type(info.offset) is not int or type(info.length) is not int:
+        return False
+    return 0 <= info.offset <= info.offset + info.length <= sizes.get(path, -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Restoring:
     """A restore that fits its target, which is untouched so far. unasked: keys of the checkpoint not in the target,
-    other than other ranks' own values. whole: what needs no planner; planned: what one asks for, None: nothing."""
+    other than other ranks' own values. whole: what needs no planner; planned: what one asks for, None: nothing.
+    unverified: keys that were read and carry no checksum."""
 
     step: OpenStep
     target: dict[str, Any]
@@ -181,6 +233,17 @@ class Restoring:
     whole: Whole | None
     planned: Planned | None
     safe_globals: Iterable[Any]
+    unverified: list[str] = field(default_factory=list)
+
+    @property
+    def overwrites(self) -> set[str]:
+        """The keys of the target that reading changes."""
+        return self.leaves.keys() & set(self.step.keys.fqns)
+
+    @property
+    def checksums(self) -> str:
+        """As in VerifyReport, of what was read."""
+        return "manifest" if self.step.manifest is not None else "none" if self.unverified else "zip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,15 +298,19 @@ def read(storage: Storage, restoring: Restoring, ranks: Ranks, *, read_once: boo
         if shared is None:
             return None
         num_bytes, done, objects = shared.num_bytes, shared.positions, shared.objects
-    if (planned := restoring.planned) is not None:
-        plan = _exchange(planned.planner, planned.plan, ranks)
-        num_bytes += read_items(storage, folder, planned.where, plan.items, planned.reader)
     if whole is not None:
         whole_bytes, own_objects = read_whole(storage, folder, whole, done)
         num_bytes += whole_bytes
-        for fqn, data in (objects | own_objects).items():
-            leaf = restoring.leaves[fqn]
-            leaf.container[leaf.key] = load_object(data, restoring.safe_globals, fqn)
+        objects |= own_objects
+    values = {fqn: load_object(data, restoring.safe_globals, fqn) for fqn, data in objects.items()}
+    if (planned := restoring.planned) is not None:
+        plan = _exchange(planned.planner, planned.plan, ranks)
+        num_bytes += read_items(
+            storage, folder, planned.where, plan.items, planned.reader, unverified=restoring.unverified
+        )
+    for fqn, value in values.items():  # when all was found whole
+        leaf = restoring.leaves[fqn]
+        leaf.container[leaf.key] = value
     return num_bytes
 
 

@@ -106,6 +106,12 @@ def may_be_swept(path: str, newest_committed: int) -> bool:
 
 def belongs_to(name: str, sequence: int) -> bool:
     """Whether a file of a step folder is part of the committed save `sequence`."""
+def is_attempt_of(attempt: str, sequence: int) -> bool:
+    """Whether it is the name of a data folder of the save `sequence`."""
+    found = _ATTEMPT_FILE.match(f"{attempt}/-")
+    return found is not None and found[1] == attempt and int(found[2]) == sequence
+
+
     if found := _ATTEMPT_FILE.match(name):
         return int(found[2]) == sequence
     return name in (DCP_METADATA, manifest_name(sequence))

@@ -419,8 +419,8 @@ class CheckpointManager(asyncckpt.CheckpointManager):
         super()._restore(*args, **options)
         torch_xla.sync()  # read before that, a parameter that `load_state_dict` has set would lose its sharding
 
-    def restore_latest(self, state_dict: TrainState | StateDict) -> int | None:
-        step = super().restore_latest(state_dict)
+    def restore_latest(self, state_dict: TrainState | StateDict, *, verify: bool = False) -> int | None:
+        step = super().restore_latest(state_dict, verify=verify)
         if step is None and self._theirs:
             step = max(self._theirs)
             self.restore(step, state_dict)
