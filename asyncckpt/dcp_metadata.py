@@ -1,4 +1,4 @@
-"""The stock `.metadata` file: written for stock readers, read (by a restricted unpickler) only where it is not ours.
+"""The stock `.metadata` file: written for stock readers, read (by unpickle.py) only where it is not ours.
 
 DCP keeps its index as a pickle. We write exactly torch's own classes, so that an unmodified torch needs nothing of
 ours; of a foreign step we unpickle with an allow-list that holds those classes and nothing else (the globals that torch
@@ -7,13 +7,13 @@ ours; of a foreign step we unpickle with an allow-list that holds those classes 
 
 from __future__ import annotations
 
-import io
+import math
 import pathlib
 import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from asyncckpt.chunks import Chunk, ChunkTable, Key, Keys, Numbers, Path, Placement
+from asyncckpt.chunks import HUGE, Chunk, ChunkTable, Key, Keys, Numbers, Path, Placement
 from asyncckpt.errors import UnsafeObjectError
+from asyncckpt.unpickle import unpickle
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     (cls.__module__, cls.__qualname__): cls
@@ -54,31 +55,129 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
 }
+_CLASSES_WITH_STATE = (
+    Metadata, TensorStorageMetadata, TensorProperties, ChunkStorageMetadata, BytesStorageMetadata, MetadataIndex,
+    StorageMeta, _StorageInfo,
+)  # fmt: skip
+T = TypeVar("T")
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+class _Rules:
+    """What DCP's own classes need, as data: nothing is called but their constructors."""
+
+    def find(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise UnsafeObjectError(
-            f"the stock metadata asks for {module}.{name}, which DCP does not write. Nothing was run. "
+            f"the stock metadata asks for {f'{module}.{name}'[:200]!r}, which DCP does not write. Nothing was run. "
             "If you trust the file, load the step with torch.distributed.checkpoint itself."
         )
 
+    def call(self, function: Any, args: tuple[Any, ...]) -> Any:
+        if function not in _ALLOWED.values():
+            raise ValueError(f"a {type(function).__name__} is called")
+        return function(*args)
+
+    def new(self, cls: Any, args: tuple[Any, ...]) -> Any:
+        if cls not in _CLASSES_WITH_STATE or args:
+            raise ValueError("an object of no class of DCP's is made")
+        return cls.__new__(cls)
+
+    def build(self, instance: Any, state: Any) -> None:
+        if type(instance) is TensorProperties:
+            instance.__setstate__(state)  # type: ignore[no-untyped-call]
+        elif type(instance) in _CLASSES_WITH_STATE and type(state) is dict:
+            vars(instance).update(state)
+        else:
+            raise ValueError(f"a {type(instance).__name__} is given a state")
+
+    def persistent(self, name: Any) -> Any:
+        raise ValueError("it asks for what is stored elsewhere")
+
 
 def unpickle_metadata(data: bytes) -> Metadata:
-    """A stock `.metadata`. UnsafeObjectError: it needs a global that DCP does not write; ValueError: it is broken."""
+    """A stock `.metadata`, made anew of what was found to be of the right types, so that whatever walks through it can.
+
+    UnsafeObjectError: it needs a global that DCP does not write; ValueError: it is broken.
+    """
     try:
-        metadata = _RestrictedUnpickler(io.BytesIO(data)).load()
+        return _checked(unpickle(data, _Rules()))
     except UnsafeObjectError:
         raise
-    except Exception as exc:  # pickle raises nearly anything on damaged bytes
-        raise ValueError(f"no readable DCP metadata: {type(exc).__name__}: {exc}") from exc
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("the stock metadata has no storage data")  # noqa: TRY004 - bad bytes, not a bad argument
-    return metadata
+    except Exception as exc:  # reading a pickle raises nearly anything on damaged bytes
+        raise ValueError(f"no readable DCP metadata: {type(exc).__name__}: {str(exc)[:500]}") from exc
+
+
+def _checked(found: Any) -> Metadata:
+    found = _instance(found, Metadata)
+    saved = {_instance(fqn, str): _entry(entry) for fqn, entry in _instance(found.state_dict_metadata, dict).items()}
+    paths = getattr(found, "planner_data", None)
+    where = {}
+    for index, info in _instance(found.storage_data, dict).items():
+        offset = None if (at := _instance(index, MetadataIndex).offset) is None else _shape(at)
+        where[MetadataIndex(_instance(index.fqn, str), offset, index.index)] = _place(info)
+    meta = getattr(found, "storage_meta", None)
+    save_id = getattr(meta, "save_id", None)
+    return Metadata(
+        saved, _paths_of(paths) if type(paths) is dict else None, where,
+        StorageMeta(save_id=save_id if type(save_id) is str else None) if meta else None,
+    )  # fmt: skip
+
+
+def _entry(entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if type(entry) is BytesStorageMetadata:
+        return BytesStorageMetadata()
+    properties = _instance(_instance(entry, TensorStorageMetadata).properties, TensorProperties)
+    size = _shape(entry.size)
+    chunks = [
+        ChunkStorageMetadata(_shape(_instance(chunk, ChunkStorageMetadata).offsets), _shape(chunk.sizes))
+        for chunk in _instance(entry.chunks, list)
+    ]
+    for chunk in chunks:
+        boxes = list(zip(chunk.offsets, chunk.sizes, size, strict=True))
+        if any(offset + length > whole for offset, length, whole in boxes):
+            raise ValueError(f"a chunk {boxes} lies outside of its tensor")
+    volumes: dict[torch.Size, int] = {}  # of replicas that a writer stored twice one counts
+    for chunk in chunks:
+        volumes[chunk.offsets] = max(volumes.get(chunk.offsets, 0), math.prod(chunk.sizes))
+    if sum(volumes.values()) < math.prod(size):
+        raise ValueError(f"the chunks of a tensor {tuple(size)} do not make it up")
+    return TensorStorageMetadata(TensorProperties(_instance(properties.dtype, torch.dtype)), size, chunks)
+
+
+def _place(info: Any) -> _StorageInfo:
+    """Where an item lies; with transforms none that we could read, which is for the caller to say."""
+    info = _instance(info, _StorageInfo)
+    name, transforms = _instance(info.relative_path, str), getattr(info, "transform_descriptors", None)
+    offset, length = _shape((info.offset, info.length))
+    return _StorageInfo(name, offset, length, list(map(str, transforms)) if transforms else None)
+
+
+def _paths_of(paths: dict[Any, Any]) -> dict[str, Path]:
+    """What DCP's planner keeps there. Another planner's own is not for us."""
+    return {
+        fqn: path
+        for fqn, path in paths.items()
+        if type(fqn) is str and type(path) is tuple and {str, int}.issuperset(map(type, path))
+    }
+
+
+def _shape(values: Any) -> torch.Size:
+    if (
+        not isinstance(values, tuple)
+        or len(values) > 64
+        or not all(type(value) is int and 0 <= value < HUGE for value in values)
+    ):
+        raise ValueError("there is no whole number of 0 or more where an offset, a length or a shape belongs")
+    return torch.Size(values)
+
+
+def _instance(value: Any, cls: type[T]) -> T:
+    if type(value) is not cls:
+        raise ValueError(f"there is a {type(value).__name__} where a {cls.__name__} belongs")
+    return value
 
 
 def pickle_metadata(keys: Mapping[str, Key], chunks: ChunkTable, attempt: str, save_id: str) -> bytes:

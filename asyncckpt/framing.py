@@ -62,6 +62,18 @@ class Layout:
             expected *= size
         return True
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the elements fill one gapless range of memory, each once, in some order of dimensions."""
+        if 0 in self.shape:
+            return len(self.shape) == len(self.stride)
+        expected = 1
+        for stride, size in sorted(zip(self.stride, self.shape, strict=True)):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:

@@ -20,8 +20,10 @@ One JSON object, ASCII, no newline. Its last member is `"crc32"`, eight hex digi
     files     columns: name (below `<step>/<attempt>/`, each once), size, crc32 of the whole file
     dcp_metadata   size and crc32 of the stock `.metadata` that was written with this step
 
-A payload starts at offset + head_bytes and is as long as its dtype and shape say. The presence of the file is the
-commit: it is created, never overwritten, after all it names is durable. A reader refuses a version it does not know.
+A payload starts at offset + head_bytes and is as long as its dtype and shape say; its strides are dense. The chunks of
+a tensor make it up, each element once, and an object has one. No member stands twice, and no number is NaN or infinite.
+The presence of the file is the commit: it is created, never overwritten, after all it names is durable. A reader
+refuses a version it does not know.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +39,7 @@ from itertools import chain, repeat, starmap
 from typing import Any
 
 import numpy as np
+import torch
 
 from asyncckpt.chunks import (
     HUGE,
@@ -50,9 +54,15 @@ from asyncckpt.chunks import (
 )
 from asyncckpt.errors import CheckpointError
 from asyncckpt.framing import Layout, crc32
+from asyncckpt.tiling import MAX_DIMS, check_tiling
 
 FORMAT, VERSION = "asyncckpt", 1
 _CRC_MEMBER = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\Z')
+_MEMBERS = {
+    "head", "keys", "paths", "kinds", "chunks", "boxes", "layouts", "payload_crc32", "item_crc32", "block_crc32",
+    "files", "dcp_metadata", "crc32",
+}  # fmt: skip
+_ATTEMPT = re.compile(r"([0-9]{8,18})-[0-9a-f]{16}\Z")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _NAMES_PER_CALL = 8192
 """What one call into C turns into text: about 1 ms, for which it holds the GIL beside a training loop."""
@@ -130,22 +140,61 @@ def decode_manifest(data: bytes) -> Manifest:
     if crc32(memoryview(data)[: found.start()]) != int(found[1], 16):
         raise ManifestError(f"its bytes do not have the checksum {found[1].decode()} that it states")
     try:
-        document = json.loads(data)
-        head = dict(document["head"])
-        if (head.pop("format"), head.pop("version")) != (FORMAT, VERSION):
-            raise ManifestError(
-                f"format {document['head']['format']!r} version {document['head']['version']!r} is newer"
-            )
+        document = json.loads(
+            data.decode("ascii"), object_pairs_hook=_members_once, parse_constant=_finite, parse_float=_finite
+        )
+        head = _decode_head(document)
+        box = _numbers(document["chunks"]["box"], low=-1)
         keys = _decode_keys(document)
         files = _decode_files(document["files"])
         placement = _decode_placement(document, keys.fqns, files)
         chunks = _decode_chunks(document, placement)
-        _check_kinds(keys, placement)
+        layouts = [layout for layout, _ in placement.layouts]
+        check_tiling(keys, placement.key, box, list(map(tuple, document["boxes"])), placement.layout, layouts)
         stock = document["dcp_metadata"]
-        manifest = Manifest(Head(**head), keys, chunks, files, _natural(stock["size"]), _natural(stock["crc32"]))
+        manifest = Manifest(head, keys, chunks, files, _natural(stock["size"]), _natural(stock["crc32"]))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as exc:
-        raise ManifestError(f"its structure is wrong: {type(exc).__name__}: {exc}") from exc
+        raise ManifestError(f"its structure is wrong: {type(exc).__name__}: {str(exc)[:500]}") from exc
     return manifest
+
+
+def _members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Which of two members of one name holds differs from reader to reader."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member stands there twice")
+    return members
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} where a number belongs")
+    return value
+
+
+def _decode_head(document: Mapping[str, Any]) -> Head:
+    head = dict(document["head"])
+    made_by = head.pop("format"), head.pop("version")
+    if made_by != (FORMAT, VERSION):
+        raise ValueError(f"format {made_by[0]!r} version {made_by[1]!r} is newer")
+    if document.keys() != _MEMBERS:
+        raise ValueError(f"it has the members {sorted(document)}")
+    made = Head(**head)
+    for number in (made.step, made.sequence, made.world_size):
+        _natural(number)
+    for text in (made.save_id, made.torch, made.asyncckpt, made.time, made.attempt):
+        if type(text) is not str:
+            raise TypeError(f"{type(text).__name__} where a text belongs")
+    if (found := _ATTEMPT.match(made.attempt)) is None or int(found[1]) != made.sequence:
+        raise ValueError(f"attempt {made.attempt!r} of sequence {made.sequence}")
+    if type(made.metadata) is not dict or type(made.metrics) is not dict:
+        raise TypeError("metadata and metrics are no objects")
+    if not {int, float}.issuperset(map(type, made.metrics.values())):
+        raise ValueError("metrics are no numbers")
+    if not math.isfinite(made.time_s):
+        raise ValueError(f"time {made.time!r}")
+    return made
 
 
 class _ColumnText:
@@ -187,6 +236,7 @@ def _placement_text(placement: Placement, keys: Keys) -> bytes:
     """The members "chunks", "boxes" and "layouts"."""
     kept = keys.kept
     box, boxes = kept.get("box", (placement.offsets,), lambda: _distinct(placement.offsets))
+    kept.get("tiled", (placement.offsets, placement.layouts, placement.layout), lambda: _check_written(keys, placement))
     layouts = kept.get("layouts", (placement.layouts,), lambda: _column(_layout_rows(placement)))
     columns = {
         "key": keys.numbers_of(placement),
@@ -201,6 +251,15 @@ def _placement_text(placement: Placement, keys: Keys) -> bytes:
         for name, column in columns.items()
     )
     return b'"chunks":{%b},"boxes":%b,"layouts":%b' % (b",".join(texts), boxes, layouts)
+
+
+def _check_written(keys: Keys, placement: Placement) -> bool:
+    """ValueError if a reader would refuse the chunks: a planner of a user's may leave some out."""
+    boxes = dict.fromkeys(box for box in placement.offsets if box is not None)
+    box, _ = keys.kept.get("box", (placement.offsets,), lambda: _distinct(placement.offsets))
+    layouts = [layout for layout, _ in placement.layouts]
+    check_tiling(keys, keys.numbers_of(placement), box, list(boxes), placement.layout, layouts)
+    return True
 
 
 def _distinct(offsets: Sequence[tuple[int, ...] | None]) -> tuple[Numbers, bytes]:
@@ -315,7 +374,7 @@ def _decode_keys(document: Mapping[str, Any]) -> Keys:
     fqns = tuple(columns["fqn"])
     if not set(map(type, fqns)) <= {str} or len(set(fqns)) != len(fqns):
         raise ValueError("a key is no name, or stands there twice")
-    kinds = tuple((_dtype(dtype), _naturals(shape)) for dtype, shape in document["kinds"])
+    kinds = tuple((_dtype(dtype), _shape(shape)) for dtype, shape in document["kinds"])
     rows = tuple(map(_decode_row, document["paths"]))
     row = _numbers(columns.pop("path"), stop=len(rows))
     kind = _numbers(columns.pop("kind"), low=-1, stop=len(kinds))
@@ -369,9 +428,9 @@ Contents = tuple[
 def _decode_contents(document: Mapping[str, Any], fqns: tuple[str, ...]) -> Contents:
     """What a Placement begins with."""
     columns = document["chunks"]
-    boxes = [*map(_naturals, document["boxes"]), None]
+    boxes = [*map(_shape, document["boxes"]), None]
     layouts = tuple(
-        (Layout(_dtype(dtype), _naturals(shape), _naturals(stride)), _natural(head_bytes))
+        (_layout(dtype, shape, stride), _natural(head_bytes))
         for dtype, shape, stride, head_bytes in document["layouts"]
     )
     key = _numbers(columns.pop("key"), stop=len(fqns))
@@ -427,15 +486,19 @@ def _decode_chunks(document: Mapping[str, Any], placement: Placement) -> ChunkTa
     )  # fmt: skip
 
 
-def _check_kinds(keys: Keys, placement: Placement) -> None:
-    for number in np.flatnonzero((keys.kind[placement.key] < 0) != (placement.layout < 0)):
-        raise ValueError(f"{placement.key_of(number)!r} is an object and a tensor at once")
-
-
 def _dtype(name: Any) -> str:
     if type(name) is not str:
-        raise TypeError(f"{name!r} where the name of a dtype belongs")
+        raise TypeError(f"{type(name).__name__} where the name of a dtype belongs")
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"unknown dtype {name!r}; a newer torch may know it")  # noqa: TRY004
     return name
+
+
+def _layout(dtype: Any, shape: Any, stride: Any) -> Layout:
+    layout = Layout(_dtype(dtype), _shape(shape), _shape(stride))
+    if not layout.is_dense:
+        raise ValueError(f"the strides {stride} of a payload of shape {shape} leave gaps in it, or overlap")
+    return layout
 
 
 def _natural(value: Any) -> int:
@@ -444,9 +507,9 @@ def _natural(value: Any) -> int:
     return value
 
 
-def _naturals(values: Any) -> tuple[int, ...]:
-    if type(values) is not list:
-        raise TypeError(f"{type(values).__name__} where a list belongs")
+def _shape(values: Any) -> tuple[int, ...]:
+    if type(values) is not list or len(values) > MAX_DIMS:
+        raise TypeError(f"{type(values).__name__} where at most {MAX_DIMS} numbers belong")
     return tuple(map(_natural, values))
 
 
