@@ -27,7 +27,7 @@ from asyncckpt import local_file
 from asyncckpt.errors import CheckpointError
 from asyncckpt.events import Committed, Event, Failed
 from asyncckpt.storage import TEMP_PREFIX
-from scripts.campaign.row import Outcome, Row, draws
+from scripts.campaign.row import Outcome, Row, draws, noted
 from scripts.campaign.syscalls import Disk, Fault, Operation
 from tests.faults.harness import KEPT, STEPS, Place, messages_of, open_manager, strays, survives
 from tests.states import assert_same, target_like
@@ -105,8 +105,7 @@ class _Campaign:
         def attempt(number: int) -> Outcome:
             at = order[number % len(order)]
             chosen = fault.at(at, fraction=draws(self._seed, key, number).random())
-            print(f"{key} {number}: {chosen}, {self.rehearsal.operations[at]}")  # seen if it fails
-            with self._place(key) as place:
+            with noted(f"{chosen}, {self.rehearsal.operations[at]}"), self._place(key) as place:
                 return _kill(place, chosen) if fault.kind.startswith("kill") else _break(place, chosen)
 
         return Row(key, what, min(quick, len(order)), len(order), attempt)
@@ -114,8 +113,11 @@ class _Campaign:
     @contextmanager
     def _place(self, name: str) -> Iterator[Place]:
         folder = self._scratch / name
-        yield Place(str(folder / "deep" / "run"), {}, NUM_ROWS, str(self._oracles))
-        shutil.rmtree(folder)
+        folder.mkdir()
+        try:
+            yield Place(str(folder / "deep" / "run"), {}, NUM_ROWS, str(self._oracles))
+        finally:
+            shutil.rmtree(folder)
 
 
 def _kill(place: Place, fault: Fault) -> Outcome:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -32,3 +33,13 @@ class Row:
 def draws(seed: int, key: str, number: int) -> random.Random:
     """Of one attempt, and of no other."""
     return random.Random(f"{seed} {key} {number}")
+
+
+@contextmanager
+def noted(what: str) -> Iterator[None]:
+    """What an attempt did, told with what it raises."""
+    try:
+        yield
+    except BaseException as exc:
+        exc.add_note(what)
+        raise

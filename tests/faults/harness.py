@@ -316,7 +316,8 @@ def assert_survived(place: Place, committed: Sequence[int]) -> None:
         manager.refresh()
         steps = manager.all_steps()
         assert set(newest) <= set(steps) if place.may_tear else newest == steps, (found, steps)
-        assert strays(place, manager._storage, steps) == []
+        left = strays(place, manager._storage, steps)
+        assert left == [], left
         assert _restored_save(manager, place, NEXT) == NEXT
         for step in newest:
             manager.verify(step)
