@@ -144,6 +144,12 @@ class Skipped(Event):
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unguarded(Event):
+    """This storage does not refuse to overwrite a file: one run alone may write there, or two that commit at the same
+    moment may both believe that they did (writer thread of rank 0, before its first commit)."""
+
+
 Sink = Callable[[Event], None]
 
 
@@ -176,8 +182,10 @@ def log_events(event: Event) -> None:
         case Restored() if event.ignored_keys or event.skipped_steps or event.checksums == "none":
             skipped = zip(event.skipped_steps, event.skip_reasons, strict=False)
             logger.warning(
-                "step %d restored from %s; %d keys of the checkpoint were not asked for; damaged newer steps: %s",
-                event.step, event.url, len(event.ignored_keys), list(event.skipped_steps) or "none",
+                "step %d restored from %s; %d keys of the checkpoint were not asked for; damaged newer steps: %s%s",
+                event.step, event.url, len(event.ignored_keys),
+                "; ".join(f"{step} ({reason})" for step, reason in skipped) or "none",
+                "; not verified, as what was read carries no checksums" if event.checksums == "none" else "",
             )  # fmt: skip
 
 

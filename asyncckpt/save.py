@@ -13,6 +13,14 @@ The verdict on a save is one key of the store, and each word in it needs the one
 
 So a coordinator that was stopped and comes back late finds that the save was given up, and does not commit it; had it
 begun to, it hears that the others do not know how it ended. Neither is silent.
+
+Two runs on one path, by mistake or because one is still ending: neither overwrites or deletes what the other commits.
+
+    one save of a step wins     by the manifest's create, and by a look at the step's folder before it and after it:
+                                who finds a manifest there that it does not know withdraws its own
+    dead, or only slow?         who takes an attempt for dead marks it before the look that decides, and a writer looks
+                                for the mark after its commit: one of the two sees the other, however long either stops
+    a step of both              retention deletes the save it knows, and no newer one
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -41,7 +49,15 @@ from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
 from asyncckpt.ranks import Ranks
 from asyncckpt.restore import join, open_step, read_manifest
 from asyncckpt.shard import Regions, Resolved, StagedPayloads, write_items, write_shard
-from asyncckpt.steps import DCP_METADATA, belongs_to, manifest_name, may_be_swept, read_listing
+from asyncckpt.steps import (
+    DCP_METADATA,
+    DEAD_MARK,
+    StepFiles,
+    belongs_to,
+    manifest_name,
+    may_be_swept,
+    read_listing,
+)
 from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
 from stagers import StagedSnapshot
@@ -82,7 +98,7 @@ class Leftover:
     """Files of a step folder that nothing refers to any more. groups: deleted one after the other, in this order.
 
     mend: the step was saved again, so its `.metadata` (`stock`, or made from the manifest) is to be written first:
-    until then it speaks of the old data.
+    until then it speaks of the old data. whole: retention drops the step.
     """
 
     step: int
@@ -90,6 +106,19 @@ class Leftover:
     mend: bool = False
     stock: bytes | None = None
     whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsure:
+    """A commit of ours without an answer: its manifest may be there. names: the data files. crc32: of the manifest."""
+
+    step: int
+    sequence: int
+    names: list[str]
+    crc32: int
+    num_bytes: int
+    stall_s: float
+    started: float
 
 
 @dataclass(slots=True)
@@ -133,11 +162,14 @@ class Saver:
     _attempts: list[str] = field(default_factory=list)
     """Of earlier saves that the store has something of."""
     _untold: list[tuple[int, int]] = field(default_factory=list)
+    _unsure: list[_Unsure] = field(default_factory=list)
     _placement: Placement | None = None
     _reported: Placement | None = None
     """Of this rank's part of the last save, if the coordinator has it: it has committed that save."""
     _regions: Regions = field(default_factory=Regions)
     _is_tidy: bool = False
+    _is_guarded: bool | None = None
+    """Whether storage refuses to overwrite; None: not asked."""
 
     def run(self, job: SaveJob) -> Callable[[], None]:
         """Until the step is committed; what is left to be done is the result."""
@@ -237,6 +269,7 @@ class Saver:
         word = self.ranks.claim(key, _COMMITTING)
         if word != _COMMITTING:
             return _Verdict.decode(word), None
+        self.look_again()
         verdict = _Verdict(phase="commit", untold=self._untold)
         try:
             assert part is not None
@@ -246,6 +279,8 @@ class Saver:
             verdict.num_bytes, verdict.pruned = self._commit(job, parts)
         except Exception as exc:
             error, verdict.error = exc, _describe(exc)
+            if self._is_unsure(job):
+                verdict.outcome = _UNKNOWN
         return self._tell_end(job, verdict), error
 
     def _tell_end(self, job: SaveJob, verdict: _Verdict) -> _Verdict:
@@ -322,12 +357,16 @@ class Saver:
         before = self.index.files_of(job.step)
         manifest, stock = self._manifest(job, chunks, files)
         names = [f"{job.attempt}/{file.name}" for file in files]
+        self._ask_if_guarded(job)
         try:
             self._check_stored(job, files)
-            commit_step(self.storage, str(job.step), manifest, None if before.manifests else stock)
+            if not before.manifests:
+                self.storage.replace(join(str(job.step), DCP_METADATA), stock)
+            self._create(job, manifest, names, has_stock=not before.manifests)
         except Exception as exc:
             self._abandon(job, names, exc)
             raise
+        self._confirm(job, files)
         self.index.commit(job.step, job.sequence, [*names, DCP_METADATA, manifest_name(job.sequence)])
         if self.keep is not None:  # else nobody takes them out again
             self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
@@ -349,22 +388,109 @@ class Saver:
         return make_manifest(head, job.planned.plan.keys, chunks, files)
 
     def _check_stored(self, job: SaveJob, files: Sequence[FileRecord]) -> None:
-        """That what the manifest will name is still there: a long upload leaves time to remove what came first."""
-        sizes = self.storage.list_files(job.folder)
+        """That what the manifest names is there, as a long upload leaves time to remove what came first; and that no
+        other run has committed the step. CommitError."""
+        sizes = self.storage.list_files(str(job.step))
+        stored = read_listing(sizes).get(job.step, StepFiles())
         lost = [file.name for file in files if sizes.get(f"{job.folder}/{file.name}") != file.size]
-        if lost:
+        if lost or f"{job.folder}/{DEAD_MARK}" in sizes:
             raise CommitError(
-                f"{len(lost)} of {len(files)} files of {job.folder} were removed or changed after they were written "
-                f"({lost[0]}); another run may have taken them for leftovers: two runs must not write to one path",
+                f"{len(lost)} of {len(files)} files of {job.folder} were removed or changed after they were written"
+                f"{f' ({lost[0]})' if lost else ', and the others will be'}; another run may have taken them for "
+                "leftovers: two runs must not write to one path",
                 step=job.step, url=self.storage.url,
             )  # fmt: skip
+        if theirs := [name for number, name in stored.manifests.items() if not self._knows(job, number)]:
+            raise CommitError(
+                f"another run committed {job.step}/{theirs[0]} in the meantime, which stays as it is: two runs must "
+                "not write to one path. End one of them, or give it a path of its own; refresh() takes up what the "
+                "other has saved",
+                step=job.step, url=self.storage.url,
+            )  # fmt: skip
+
+    def _knows(self, job: SaveJob, sequence: int) -> bool:
+        """Whether a manifest of a step that is being saved was there when this run last looked, or is its own."""
+        own = {job.sequence, *(one.sequence for one in self._unsure)}
+        dropped = (name for leftover in self.leftovers if leftover.step == job.step for name in chain(*leftover.groups))
+        known = self.index.sequence_of(job.step) or 0
+        return sequence <= known or sequence in own or manifest_name(sequence) in dropped
+
+    def _create(self, job: SaveJob, manifest: Manifest, names: list[str], *, has_stock: bool) -> None:
+        """The commit. If it fails, an answer may have been lost all the same: look whether the manifest is there, now
+        and, if that does not tell, again before the next commit."""
+        try:
+            create_manifest(self.storage, str(job.step), manifest, has_stock=has_stock)
+        except OSError as exc:
+            unsure = _Unsure(
+                job.step, job.sequence, names, crc32(encode_manifest(manifest)), manifest.num_bytes,
+                job.stall_s, job.started,
+            )  # fmt: skip
+            try:
+                if self._is_there(unsure):
+                    return
+            except OSError:
+                self._unsure.append(unsure)
+            else:
+                if exc.errno in _ANSWER_LOST:  # it may still come
+                    self._unsure.append(unsure)
+            raise
+
+    def look_again(self) -> None:
+        """For manifests of which the last look did not tell whether they are there. Not while a save is written."""
+        unsure, self._unsure = self._unsure, []
+        for one in unsure:
+            try:
+                is_there = self._is_there(one)
+            except OSError:
+                self._unsure.append(one)
+                continue
+            if is_there and (self.index.sequence_of(one.step) or 0) < one.sequence:
+                self.index.commit(one.step, one.sequence, [*one.names, DCP_METADATA, manifest_name(one.sequence)])
+                self._untold = [*self._untold, (one.step, one.sequence)]
+                self._emit(
+                    events.Committed, one.step, sequence=one.sequence, num_bytes=one.num_bytes,
+                    stall_s=one.stall_s, durable_s=time.perf_counter() - one.started,
+                )  # fmt: skip
+
+    def _is_unsure(self, job: SaveJob) -> bool:
+        return any(one.sequence == job.sequence for one in self._unsure)
+
+    def _is_there(self, unsure: _Unsure) -> bool:
+        """Whether the commit took place: the manifest is there, and of this run."""
+        try:
+            stored = self.storage.read_file(f"{unsure.step}/{manifest_name(unsure.sequence)}")
+        except FileNotFoundError:
+            return False
+        return crc32(stored) == unsure.crc32
+
+    def _confirm(self, job: SaveJob, files: Sequence[FileRecord]) -> None:
+        """After the commit: take it back if another run was faster, or has removed our files. It was not yet told."""
+        try:
+            self._check_stored(job, files)
+        except OSError:  # the step is committed whether or not this look succeeds
+            return
+        except CommitError:
+            names = [f"{job.attempt}/{file.name}" for file in files]
+            self._delete(Leftover(job.step, [[manifest_name(job.sequence)], names]))
+            with contextlib.suppress(OSError, CheckpointError):  # it spoke of our save
+                mend_step(self.storage, str(job.step), None)
+            raise
+
+    def _ask_if_guarded(self, job: SaveJob) -> None:
+        """Once, at the first commit: nobody who only reads asks."""
+        if self._is_guarded is not None:
+            return
+        with contextlib.suppress(OSError):  # asked again at the next commit
+            self._is_guarded = self.storage.is_create_exclusive()
+            if not self._is_guarded:
+                self._emit(events.Unguarded, job.step)
 
     def _abandon(self, job: SaveJob, names: list[str], error: Exception) -> None:
         """Free the space of a save whose commit failed, which may be what the next one lacks; unless only the answer
         was lost: then the manifest may be there, and the step whole."""
         if isinstance(error, CommitError):  # the manifest and `.metadata`, if there are any, are another run's
             self._delete(Leftover(job.step, [names]))
-        elif isinstance(error, OSError) and error.errno not in _ANSWER_LOST:
+        elif isinstance(error, OSError) and error.errno not in _ANSWER_LOST and not self._is_unsure(job):
             self._delete(Leftover(job.step, [[manifest_name(job.sequence)], [DCP_METADATA], names]))
 
     def _prunable(self, newest: int) -> list[int]:
@@ -410,9 +536,12 @@ class Saver:
         started = time.perf_counter()
         try:
             current = self.index.sequence_of(leftover.step)  # the step may have been saved or dropped since
-            if leftover.mend and current is not None:
+            groups, is_theirs = leftover.groups, self._is_theirs(leftover, current)
+            if is_theirs:  # so is `.metadata`
+                groups = [[name for name in group if name != DCP_METADATA] for group in groups]
+            elif leftover.mend and current is not None:
                 mend_step(self.storage, str(leftover.step), leftover.stock)
-            for group in leftover.groups:
+            for group in groups:
                 over = [name for name in group if current is None or not belongs_to(name, current)]
                 self.storage.delete([f"{leftover.step}/{name}" for name in over])
         except DamagedStepError:
@@ -421,10 +550,18 @@ class Saver:
             self.leftovers.append(leftover)
             self._emit(events.Failed, leftover.step, phase="prune", error=exc)
             return
-        self._emit(
-            events.Pruned, leftover.step,
-            whole=leftover.whole, num_files=sum(map(len, leftover.groups)), prune_s=time.perf_counter() - started,
-        )  # fmt: skip
+        if groups:
+            self._emit(
+                events.Pruned, leftover.step,
+                whole=leftover.whole, num_files=sum(map(len, groups)), prune_s=time.perf_counter() - started,
+            )  # fmt: skip
+
+    def _is_theirs(self, leftover: Leftover, current: int | None) -> bool:
+        """Whether another run has saved the step again since this one knew it."""
+        if not leftover.mend and not leftover.whole:
+            return False
+        found = read_listing(self.storage.list_files(str(leftover.step))).get(leftover.step, StepFiles()).sequence
+        return found not in (None, current) and manifest_name(found) not in chain(*leftover.groups)
 
     def _clean_up(self, step: int, sequence: int) -> None:
         """After the commit of `step`: what retention dropped and, once, what earlier runs and failed saves left."""
@@ -434,19 +571,31 @@ class Saver:
 
     def _tidy(self, step: int, sequence: int) -> None:
         """The step is committed, so every attempt with a lower number is over. By a listing of now: a run that was
-        ending may have committed since this one began."""
+        ending may have committed since this one began; or it may be about to, so they are marked first, and of the
+        marked ones go those that have no manifest then."""
         self._is_tidy = True
         try:
             steps = read_listing(self.storage.list_files())
+            marked = {(number, name) for number, files in steps.items() for name in files.unfinished(sequence)}
+            for number, name in marked:
+                self.storage.replace(f"{number}/{name}/{DEAD_MARK}", b"")
+            if marked:
+                steps = read_listing(self.storage.list_files())
             self.leftovers += [
-                Leftover(step, groups, mend=files.sequence is not None)
-                for step, files in steps.items()
-                if (groups := files.leftovers(sequence))
+                leftover
+                for number, files in steps.items()
+                if (leftover := _leftover(number, files, sequence, {name for at, name in marked if at == number}))
             ]
-            self.storage.sweep(lambda path: may_be_swept(path, sequence))
         except OSError as exc:
             self._emit(events.Failed, step, phase="prune", error=exc)
         self._delete_leftovers()
+        self._sweep(step, sequence)
+
+    def _sweep(self, step: int, sequence: int) -> None:
+        try:
+            self.storage.sweep(lambda path: may_be_swept(path, sequence))
+        except OSError as exc:
+            self._emit(events.Failed, step, phase="prune", error=exc)
 
     # -- telling
 
@@ -468,6 +617,18 @@ class Saver:
         self.emit(kind(url=self.storage.url, step=step, rank=self.ranks.rank, time_s=time.time(), **values))
 
 
+def _leftover(step: int, files: StepFiles, newest_committed: int, marked: set[str]) -> Leftover | None:
+    """What is left over in a step's folder; of attempts without a manifest only those that were marked as dead before.
+    The mark of one that was committed meanwhile goes, too."""
+    unfinished = files.unfinished(newest_committed)
+    alive = [f"{name}/{DEAD_MARK}" for name in marked.difference(unfinished) if name in files.attempts]
+    groups = [*files.leftovers(newest_committed, {*unfinished} - marked), *([alive] if alive else [])]
+    is_whole = files.sequence is not None
+    if not groups and (not is_whole or DCP_METADATA in files.other):
+        return None
+    return Leftover(step, groups, mend=is_whole)
+
+
 def make_manifest(
     head: Head, keys: Mapping[str, Key], chunks: ChunkTable, files: Sequence[FileRecord]
 ) -> tuple[Manifest, bytes]:
@@ -484,11 +645,16 @@ def commit_step(storage: Storage, folder: str, manifest: Manifest, stock: bytes 
     """
     if stock is not None:
         storage.replace(join(folder, DCP_METADATA), stock)
+    create_manifest(storage, folder, manifest, has_stock=stock is not None)
+
+
+def create_manifest(storage: Storage, folder: str, manifest: Manifest, *, has_stock: bool) -> None:
+    """has_stock: the `.metadata` was written."""
     path = join(folder, manifest_name(manifest.head.sequence))
     try:
         storage.create(path, encode_manifest(manifest))
     except FileExistsError as exc:
-        if stock is not None:  # it has replaced what belongs to the step that is there
+        if has_stock:  # it has replaced what belongs to the step that is there
             with contextlib.suppress(OSError, DamagedStepError):
                 mend_step(storage, folder, None)
         raise CommitError(

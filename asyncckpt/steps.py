@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 DCP_METADATA = ".metadata"
+DEAD_MARK = "dead"
+"""The name of a file in an attempt's folder that tells its writer, if it lives after all: these data are going."""
 _STEP = r"(0|[1-9][0-9]*)"
 _STEP_PATH = re.compile(rf"{_STEP}/(.+)\Z", re.DOTALL)
 _MANIFEST = re.compile(r"manifest-([0-9]+)\.json\Z")
@@ -78,22 +80,36 @@ class StepFiles:
         data = [name for names in self.attempts.values() for name in names]
         return [sorted(self.manifests.values()), stock, data]
 
-    def leftovers(self, newest_committed: int) -> list[list[str]]:
-        """Files of saves that are over, in order of deletion: an older save of a step that was saved again, and data
-        that never committed and never will, as its sequence number is below the newest committed one.
+    def unfinished(self, newest_committed: int) -> list[str]:
+        """Attempts that never committed and, unless their writer was only slow, never will: their sequence number is
+        below the newest committed one."""
+        numbers = {name: attempt_sequence(name) for name in self.attempts}
+        return [name for name, number in numbers.items() if number < newest_committed and number not in self.manifests]
 
-        Of a partial step `.metadata` goes before the data: alone it would read as a foreign checkpoint.
+    def leftovers(self, newest_committed: int, spared: Container[str] = ()) -> list[list[str]]:
+        """Files of saves that are over, in order of deletion: an older save of a step that was saved again, and the
+        data of attempts that are unfinished, but for the `spared`.
+
+        Of a partial step `.metadata` goes before the data: alone it would read as a foreign checkpoint. It stays beside
+        an attempt that stays, whose writer may have written it.
         """
         current = self.sequence
         manifests = [name for sequence, name in self.manifests.items() if sequence != current]
-        data = [
-            name
-            for attempt, names in self.attempts.items()
-            if attempt_sequence(attempt) != current and attempt_sequence(attempt) < newest_committed
-            for name in names
+        over = [
+            attempt
+            for attempt in self.attempts
+            if current != attempt_sequence(attempt) < newest_committed and attempt not in spared
         ]
-        stock = [name for name in self.other if name == DCP_METADATA and current is None and data]
+        data = [name for attempt in over for name in self.attempts[attempt]]
+        is_all = current is None and data and len(over) == len(self.attempts)
+        stock = [name for name in self.other if name == DCP_METADATA and is_all]
         return [group for group in (manifests, stock, data) if group]
+
+
+def is_attempt_of(attempt: str, sequence: int) -> bool:
+    """Whether it is the name of a data folder of the save `sequence`."""
+    found = _ATTEMPT_FILE.match(f"{attempt}/-")
+    return found is not None and found[1] == attempt and int(found[2]) == sequence
 
 
 def may_be_swept(path: str, newest_committed: int) -> bool:
@@ -106,12 +122,6 @@ def may_be_swept(path: str, newest_committed: int) -> bool:
 
 def belongs_to(name: str, sequence: int) -> bool:
     """Whether a file of a step folder is part of the committed save `sequence`."""
-def is_attempt_of(attempt: str, sequence: int) -> bool:
-    """Whether it is the name of a data folder of the save `sequence`."""
-    found = _ATTEMPT_FILE.match(f"{attempt}/-")
-    return found is not None and found[1] == attempt and int(found[2]) == sequence
-
-
     if found := _ATTEMPT_FILE.match(name):
         return int(found[2]) == sequence
     return name in (DCP_METADATA, manifest_name(sequence))

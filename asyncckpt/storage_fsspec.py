@@ -185,7 +185,7 @@ class FsspecStorage:
         """S3 and GCS themselves are not asked; what else speaks their protocols may ignore the condition (rclone,
         s3rver, emulators)."""
         if self._client not in HONOURS_CREATE:
-            return get_protocol(self._full_url) == "memory"
+            return str(get_protocol(self._full_url)) == "memory"
         if self._is_the_real_one():
             return True
         probe, what = self._full(TEMP_PREFIX + secrets.token_hex(8)), self._what("probe", "")

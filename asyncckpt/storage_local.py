@@ -72,22 +72,27 @@ class LocalStorage:
     def create(self, path: str, data: bytes) -> None:
         with named_errors(self._what("create", path)):
             target = self._absolute(path)
-            temporary = _write_temporary(target, data)
+            temporary, made = _write_temporary(target, data)
             try:
-                _link(temporary, target)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            _fsync_folder(os.path.dirname(target))
+                try:
+                    _link(temporary, target)
+                finally:
+                    with suppress(OSError):  # what stays is never listed, and `sweep` removes it
+                        os.unlink(temporary)
+                _fsync_folder(os.path.dirname(target))
+            except BaseException:
+                _unlink_if_same(target, made)  # else it is there, though the caller hears that it is not
+                raise
 
     def replace(self, path: str, data: bytes) -> None:
         with named_errors(self._what("replace", path)):
             target = self._absolute(path)
-            temporary = _write_temporary(target, data)
+            temporary, _ = _write_temporary(target, data)
             try:
                 os.replace(temporary, target)
             except BaseException:
-                os.unlink(temporary)
+                with suppress(OSError):
+                    os.unlink(temporary)
                 raise
             _fsync_folder(os.path.dirname(target))
 
@@ -152,6 +157,21 @@ class LocalStorage:
             probe = os.path.join(self.root, TEMP_PREFIX + secrets.token_hex(8))
             os.close(_open_new(probe, os.O_EXCL))
             os.unlink(probe)
+
+    def is_create_exclusive(self) -> bool:
+        with named_errors(self._what("probe", "")):
+            probe = os.path.join(self.root, TEMP_PREFIX + secrets.token_hex(8))
+            os.close(_open_new(probe, os.O_EXCL))
+            try:
+                os.link(probe, f"{probe}-2")
+                os.unlink(f"{probe}-2")
+            except OSError as exc:
+                if exc.errno not in _NO_HARD_LINKS:
+                    raise
+                return False
+            finally:
+                os.unlink(probe)
+        return True
 
     def _absolute(self, path: str) -> str:
         return os.path.join(self.root, check_path(path))
@@ -225,19 +245,20 @@ def _fsync_folder(path: str) -> None:
         os.close(descriptor)
 
 
-def _write_temporary(target: str, data: bytes) -> str:
-    """The path of a new, durable file beside `target`."""
+def _write_temporary(target: str, data: bytes) -> tuple[str, os.stat_result]:
+    """The path of a new, durable file beside `target`, and which file it is."""
     path = os.path.join(os.path.dirname(target), TEMP_PREFIX + secrets.token_hex(8))
     descriptor = _open_new(path, os.O_EXCL)
     try:
         write_full(descriptor, [memoryview(data)] if data else [], 0)
         os.fsync(descriptor)
+        return path, os.fstat(descriptor)
     except BaseException:
-        os.unlink(path)
+        with suppress(OSError):
+            os.unlink(path)
         raise
     finally:
         os.close(descriptor)
-    return path
 
 
 def _link(temporary: str, target: str) -> None:
@@ -254,6 +275,13 @@ def _link(temporary: str, target: str) -> None:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from exc
         os.rename(temporary, target)
+
+
+def _unlink_if_same(path: str, made: os.stat_result) -> None:
+    """Take back a name that a failed call gave to the file `made`."""
+    with suppress(OSError):
+        if os.path.samestat(os.stat(path), made):
+            os.unlink(path)
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:

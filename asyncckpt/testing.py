@@ -99,6 +99,9 @@ class RecordingStorage:
     def check_writable(self) -> None:
         self._around(Call("check_writable", ("",)), self.inner.check_writable)
 
+    def is_create_exclusive(self) -> bool:
+        return bool(self._around(Call("is_create_exclusive", ("",)), self.inner.is_create_exclusive))
+
 
 class FaultyStorage(RecordingStorage):
     """Raises `error` at chosen calls: those of `verb` (None: any) for which `matches` holds; of these the `nth`,
