@@ -264,7 +264,7 @@ def _deliver_stock(url: str, fetch: _Fetch, view: memoryview) -> list[tuple[Read
     return []
 
 
-def _box_of(saved: Any, item: ReadItem) -> torch.Tensor | None:
+def _box_of(saved: object, item: ReadItem) -> torch.Tensor | None:
     """The wanted part of a stock tensor; None: it has none."""
     if not isinstance(saved, torch.Tensor) or saved.dim() != len(item.lengths):
         return None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from asyncckpt import CheckpointError, CheckpointManager, Committed, Event, Failed, PerRank, Restored, Skipped
-from asyncckpt.testing import FaultyStorage, GatedStorage
+from asyncckpt.testing import FaultyStorage, GatedStorage, RecordingStorage
 from stagers import BlockingAsyncStager
 from tests.crew import Crew
 from tests.processes import Link
@@ -386,6 +386,28 @@ def test_damage_that_one_rank_alone_reads_is_damage_to_all(four: Crew, run_of_th
         assert skipped == [(3,)]
         assert (stopped.kind, stopped.step) == ("RestoreError", 3)
         assert "injected fault" in stopped.text if rank == 2 else stopped.rank == 2
+
+
+def restore_verified(link: Link, path: str) -> list[Any]:
+    seen: list[Event] = []
+    with CheckpointManager(path, 1, events=[seen.append]) as manager:
+        manager._storage = storage = RecordingStorage(manager._storage)
+        target = {"w": torch.full((1000,), -1.0), "mine": PerRank(torch.zeros(9))}
+        failed = attempt(lambda: manager.restore_latest(target, verify=True))
+        num_reads = storage.count("read_into")
+        return [failed, set(target["w"].tolist()), num_reads]
+
+
+def test_damage_that_one_rank_verifies_changes_nothing_on_any(four: Crew, run_of_three: pathlib.Path) -> None:
+    """With verify=True each file is read by one rank, in time for all to leave their state alone."""
+    for step in (1, 2, 3):
+        damage(run_of_three / str(step), "mine/rank_1")
+    for rank, (failed, values, num_reads) in enumerate(four.run(restore_verified, str(run_of_three))):
+        assert failed.kind == "DamagedStepError"
+        assert "tried [3, 2, 1]. Nothing was changed" in failed.text
+        assert ("'mine/rank_1'" if rank == 1 else "rank 1 could not restore") in failed.text
+        assert values == {-1.0}
+        assert num_reads == 3 or rank == 1
 
 
 def restore_while_saved_again(link: Link, path: str, verb: str) -> Any:

@@ -1,0 +1,187 @@
+"""restore_latest: which step it takes, what it says of those it passes over, and what becomes of the state."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner
+
+from asyncckpt import CheckpointManager, DamagedStepError, Event, Restored, RestoreError, StateMismatchError, TrainState
+from asyncckpt.events import log_events
+from asyncckpt.testing import RecordingStorage
+from tests.exact import bits
+from tests.states import assert_same, state, target_like
+from tests.test_verify import data_file, flip, manifest_of
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Steps 1 and 2."""
+    with CheckpointManager(str(tmp_path)) as manager:
+        for step in (1, 2):
+            manager.save(step, state(step))
+    return tmp_path
+
+
+def flip_payload(run: pathlib.Path, step: int, key: str) -> None:
+    chunk = next(chunk for chunk in manifest_of(run, step).chunks if chunk.key == key)
+    flip(data_file(run, step), chunk.payload_offset + 3)
+
+
+def remove(path: pathlib.Path) -> None:
+    path.unlink()
+
+
+def cut(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [remove, cut])
+def test_a_file_that_is_missing_or_cut_is_found_before_anything_is_changed(
+    run: pathlib.Path, damage: Callable[[pathlib.Path], None]
+) -> None:
+    """By the listing that is made anyway; no byte of data is read."""
+    for step in (1, 2):
+        damage(data_file(run, step))
+    target = state(-1)
+    with CheckpointManager(str(run)) as manager:
+        manager._storage = storage = RecordingStorage(manager._storage)
+        with pytest.raises(
+            DamagedStepError, match=r"tried \[2, 1\]. Nothing was changed.\n  step 2: .*__0_0"
+        ) as raised:
+            manager.restore_latest(target)
+        assert not storage.count("read_into")
+    assert "half overwritten" not in str(raised.value)
+    assert_same(state(-1), target)
+
+
+def test_the_steps_passed_over_and_why_are_in_the_event_and_the_log(
+    run: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By file, key, offset, expected and found, or by what the manifest lacks."""
+    with CheckpointManager(str(run)) as manager:
+        manager.save(3, state(3))
+    flip_payload(run, 3, "w")
+    flip(next((run / "2").glob("manifest-*")), 40)
+    seen: list[Event] = []
+    with CheckpointManager(str(run), events=[seen.append]) as manager:
+        assert manager.restore_latest(state(0)) == 1
+    (event,) = [event for event in seen if isinstance(event, Restored)]
+    assert (event.skipped_steps, event.checksums) == ((3, 2), "manifest")
+    first, second = event.skip_reasons
+    assert "'w' at offset" in first
+    assert "the manifest says" in first
+    assert "manifest-00000002.json" in second
+    assert not first.endswith(("training on", "."))
+    caplog.clear()
+    log_events(event)
+    assert f"damaged newer steps: 3 ({first}); 2 ({second})" in caplog.text
+
+
+@pytest.mark.parametrize("planner", [None, DefaultLoadPlanner(allow_partial_load=True)], ids=["ours", "partial"])
+def test_an_older_step_that_lacks_what_a_damaged_one_changed_is_not_taken(
+    tmp_path: pathlib.Path, planner: DefaultLoadPlanner | None
+) -> None:
+    """The state would be half of either: the error says so, and what to do."""
+    newer = {"a": torch.ones(50_000), "b": torch.ones(50_000)}
+    with CheckpointManager(str(tmp_path)) as manager:
+        manager.save(1, {"a": torch.zeros(50_000)})
+        manager.save(2, newer)
+    flip_payload(tmp_path, 2, "b")
+    with CheckpointManager(str(tmp_path), load_planner=planner) as manager:
+        with pytest.raises(RestoreError, match=r"half overwritten by steps \[2\]: do not train on") as raised:
+            manager.restore_latest(target_like(newer))
+        assert "Make the state anew and restore step 1 into it" in str(raised.value)
+        assert "Nothing was changed" not in str(raised.value)
+
+
+def test_a_step_found_damaged_before_it_was_read_puts_no_bounds_on_the_next(tmp_path: pathlib.Path) -> None:
+    """The error of one that does not fit is then the usual one."""
+    newer = {"a": torch.ones(50_000), "b": torch.ones(50_000)}
+    with CheckpointManager(str(tmp_path)) as manager:
+        manager.save(1, {"a": torch.zeros(50_000)})
+        manager.save(2, newer)
+        flip_payload(tmp_path, 2, "b")
+        target = target_like(newer)
+        with pytest.raises(StateMismatchError, match=r"missing in the checkpoint: 'b'"):
+            manager.restore_latest(target, verify=True)
+    assert_same(target_like(newer), target)
+
+
+def test_verify_reads_a_step_before_the_state_is_changed(run: pathlib.Path) -> None:
+    """So damage anywhere in it leaves the state as it was."""
+    for step in (1, 2):
+        flip_payload(run, step, "w")
+    target = state(-1)
+    with CheckpointManager(str(run)) as manager:
+        with pytest.raises(DamagedStepError, match="Nothing was changed") as raised:
+            manager.restore_latest(target, verify=True)
+        assert_same(state(-1), target)
+        assert "'w': the 4000 bytes at offset" in str(raised.value)
+        with pytest.raises(DamagedStepError, match="may be half overwritten: do not train on"):
+            manager.restore_latest(target)
+    flip_payload(run, 1, "w")
+    with CheckpointManager(str(run)) as manager:
+        assert manager.restore_latest(target, verify=True) == 1
+    assert_same(state(1), target)
+
+
+def test_a_restore_that_finds_damage_on_its_way_says_that_the_state_is_no_good(run: pathlib.Path) -> None:
+    """Objects are put in their place when all has been read."""
+    flip_payload(run, 2, "w")
+    target = state(-1)
+    with (
+        CheckpointManager(str(run)) as manager,
+        pytest.raises(DamagedStepError, match="may be half overwritten: restore a whole step into it"),
+    ):
+        manager.restore(2, target)
+    assert target["n"] == -1
+
+
+def test_a_step_that_is_gone_since_it_was_listed_is_passed_over(run: pathlib.Path) -> None:
+    """Another run's retention took it, or somebody its manifest."""
+    seen: list[Event] = []
+    with CheckpointManager(str(run), events=[seen.append]) as manager:
+        next((run / "2").glob("manifest-*")).unlink()
+        target = state(0)
+        assert manager.restore_latest(target) == 1
+    assert_same(state(1), target)
+    (event,) = [event for event in seen if isinstance(event, Restored)]
+    assert event.skip_reasons == (f"step 2 at {run} was listed and is gone",)
+
+
+def make_state(seed: int) -> TrainState:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    loader = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=2, shuffle=True)
+    return TrainState(model=model, optimizer=optimizer, scheduler=scheduler, dataloader=loader)
+
+
+def test_a_train_state_is_wholly_of_the_older_step(tmp_path: pathlib.Path) -> None:
+    """Model, buffers, optimizer, schedule, progress, random streams and the place in the data."""
+    saved: dict[int, Any] = {}
+    with CheckpointManager(str(tmp_path)) as manager:
+        train_state = make_state(1)
+        for step, batch in enumerate(train_state.batches(epochs=2), start=train_state.step):
+            module, optimizer = train_state._model.module, train_state.optimizers[0]  # type: ignore[union-attr]
+            module(torch.randn(4, 64) * batch.sum()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            manager.save(step, train_state)
+    keys = [chunk.key for chunk in manifest_of(tmp_path, 5).chunks]
+    flip_payload(tmp_path, 5, keys[-1])
+    for restore in ("restore_latest", "restore"):
+        fresh = make_state(2)
+        with CheckpointManager(str(tmp_path)) as manager:
+            if restore == "restore_latest":
+                assert manager.restore_latest(fresh) == 4
+            else:
+                manager.restore(4, fresh)
+        saved[restore] = fresh.state_dict(), next(fresh.batches()), torch.rand(3)
+    assert bits(saved["restore_latest"]) == bits(saved["restore"])
