@@ -174,6 +174,8 @@ def _http_status(exc: BaseException) -> int | None:
         response = getattr(known, "response", None)
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif type(known).__module__ == "aiohttp.http_exceptions":  # says 400 of every answer that it cannot read
+            continue
         else:
             status = getattr(known, "code", None) or getattr(known, "status", None)  # gcsfs, aiohttp
         if str(status).isdecimal():

@@ -8,6 +8,7 @@ does: vanish, stop reading, never answer, or send one byte a second. Called by s
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -21,10 +22,20 @@ COMPLETE_S = 300.0  # S3 may put a large upload together for minutes, and sends 
 MIN_RATE = 128 << 10  # bytes a second of one of eight requests at a time: a line of 1 MiB/s. A guess
 # botocore limits the time to connect and to wait for the answer, but not for a peer that stops reading the body.
 STALL_S = 30.0  # of silence, while a part is sent. A guess
-GCS_READ_BYTES = (
-    8 << 20
-)  # what a request whose size is not known may bring; larger ones on a line of 1 MiB/s still pass
+GCS_READ_BYTES = 8 << 20  # of an answer: its size is not known before, storage_fsspec.py asks for so much at a time
 
+# Of which any answer of S3 has one. botocore takes a page of HTML with status 200 for an answer in which nothing is
+# set: an empty listing, an object that was stored.
+_ANSWERS = {
+    "put_object": ("ETag",),
+    "upload_part": ("ETag",),
+    "create_multipart_upload": ("UploadId",),
+    "complete_multipart_upload": ("ETag", "Key", "Location"),
+    "head_object": ("ETag", "LastModified"),
+    "get_object": ("ETag", "LastModified"),
+    "list_objects_v2": ("Name", "IsTruncated", "KeyCount"),
+    "list_multipart_uploads": ("Bucket", "IsTruncated"),
+}
 _CLEANING = ("abort_multipart_upload", "delete_object", "delete_objects", "list_multipart_uploads")
 
 
@@ -43,6 +54,8 @@ def guard_s3fs(filesystem: Any, retry_s: float) -> None:
             async with _within(limit_s, method) as deadline:
                 request = call(method, *arguments, **options)
                 answer = await (_watched(request, body, silence_s) if hasattr(body, "activity") else request)
+                if method in _ANSWERS and not any(name in answer for name in _ANSWERS[method]):
+                    raise OSError(errno.EIO, f"what answered {method} is not S3")
                 if method == "get_object":
                     length = answer.get("ContentLength") or 0
                     deadline.reschedule(asyncio.get_running_loop().time() + ANSWER_S + length / MIN_RATE)

@@ -1,8 +1,11 @@
 """What happened, as frozen values: one class per phase, handed to every sink in the order it happened.
 
 A sink is any callable that takes an event. It runs on the thread where the phase ended (the class says which) and
-should return quickly; what it raises is logged and never harms a save. The default sink, `log_events`, logs one line
-at INFO per commit, and failures as errors, to the logger "asyncckpt".
+should return quickly: one that blocks holds up the training loop, or the saves behind it, and loses none. What it
+raises is logged and never harms a save; sys.exit() in one on the writer thread is raised by the next call of `save`,
+`join` or `close`, and the save goes on. On that thread a sink may ask the manager (`all_steps`), and what waits for
+saves (`save`, `join`, `close`) is a RuntimeError. The default sink, `log_events`, logs one line at INFO per commit, and
+failures as errors, to the logger "asyncckpt".
 """
 
 from __future__ import annotations

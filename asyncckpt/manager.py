@@ -169,7 +169,7 @@ class CheckpointManager:
             self._ranks = Ranks.join(process_group, timeout_s=timeout, tell=partial(_tell, self._sinks, self.url))
             kept = _union(KeepLast(max_to_keep) if max_to_keep else None, keep)
             self._saver = Saver(
-                self._storage, self._ranks, self._index, kept, self._emit, timeout, self._writer.pause
+                self._storage, self._ranks, self._index, kept, self._emit_in_background, timeout, self._writer.pause
             )  # fmt: skip
             self._list_steps()
             self._read_once = bool(self._ranks.agree([read_once], phase="construct")[0][0])
@@ -314,11 +314,13 @@ class CheckpointManager:
             raise
         job.stall_s = time.perf_counter() - started
         stage_s = job.stall_s - wait_s
-        self._emit_now(
-            events.Staged, step,
-            num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=stage_s, stall_s=job.stall_s,
-        )  # fmt: skip
-        self._writer.submit(self._pace.timed(job.snapshot.num_bytes, stage_s, lambda: self._saver.run(job)))
+        try:
+            self._emit_now(
+                events.Staged, step,
+                num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=stage_s, stall_s=job.stall_s,
+            )  # fmt: skip
+        finally:  # a sink may call sys.exit(), and be interrupted by Ctrl-C: what is staged is saved all the same
+            self._writer.submit(self._pace.timed(job.snapshot.num_bytes, stage_s, lambda: self._saver.run(job)))
         self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
         if self._is_preempted and self._preempted_at is None:
             self._preempted_at = step
@@ -827,6 +829,13 @@ class CheckpointManager:
 
     def _emit(self, event: events.Event) -> None:
         events.emit(self._sinks, event)
+
+    def _emit_in_background(self, event: events.Event) -> None:
+        """On the writer thread: sys.exit() in a sink ends no save there; it is raised where failures of saves are."""
+        try:
+            self._emit(event)
+        except BaseException as exc:
+            self._writer.keep_failure(exc)
 
     def _emit_now(self, kind: Callable[..., events.Event], step: int, **values: Any) -> None:
         self._emit(kind(url=self.url, step=step, rank=self._ranks.rank, time_s=time.time(), **values))

@@ -21,6 +21,7 @@ import numpy as np
 from fsspec.asyn import sync
 
 from asyncckpt.client_errors import named_client_errors
+from asyncckpt.retries import again
 from asyncckpt.s3_settings import UntranslatableError, is_aws, translate
 from asyncckpt.s3_upload import MAX_PARTS, abort_uploads_of
 
@@ -43,10 +44,11 @@ _PID = os.getpid()
 class ObstoreBucket:
     """One bucket, for the process that imported this file."""
 
-    def __init__(self, store: S3Store, filesystem: Any, bucket: str) -> None:
+    def __init__(self, store: S3Store, filesystem: Any, bucket: str, retry_s: float) -> None:
         self._store = store
         self._filesystem = filesystem
         self._bucket = bucket
+        self._retry_s = retry_s
 
     @classmethod
     def open(cls, filesystem: Any, root: str, retry_s: float) -> ObstoreBucket:
@@ -75,7 +77,7 @@ class ObstoreBucket:
             settings["credential_provider"] = _credentials(filesystem, client)
         from obstore.store import S3Store
 
-        return cls(S3Store(**settings), filesystem, bucket)
+        return cls(S3Store(**settings), filesystem, bucket, retry_s)
 
     def write(
         self, key: str, size: int, views: Iterable[memoryview], what: str, *, part_bytes: int, num_in_flight: int
@@ -91,7 +93,7 @@ class ObstoreBucket:
         if size <= part_bytes:
             data = _joined(list(source))
             with named_client_errors(what):
-                obstore.put(self._store, key, data, use_multipart=False)
+                again(lambda: obstore.put(self._store, key, data, use_multipart=False), self._retry_s)
             return
         try:
             self._write_parts(key, source, what, part_bytes, num_in_flight)

@@ -86,6 +86,11 @@ class BackgroundWriter:
         with self._lock:
             self._changed.wait_for(lambda: self._num_waiting, seconds)
 
+    def keep_failure(self, failure: BaseException) -> None:
+        """For `raise_failures`."""
+        with self._lock:
+            self._failures.append(failure)
+
     @property
     def has_failures(self) -> bool:
         with self._lock:
@@ -113,6 +118,11 @@ class BackgroundWriter:
 
     def _wait_for(self, is_reached: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """On the training thread, under the condition."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "an event sink, which runs on the writer thread, called what waits for that thread (save, join, close, "
+                "...). Nothing is lost: do it in the training loop"
+            )
         self._num_waiting += 1
         self._changed.notify_all()
         try:
@@ -137,9 +147,8 @@ class BackgroundWriter:
     def _attempt(self, work: Callable[[], T]) -> T | None:
         try:
             return work()
-        except BaseException as exc:  # a sink may call sys.exit(); without the thread `join` would never return
-            with self._lock:
-                self._failures.append(exc)
+        except BaseException as exc:  # without the thread `join` would never return
+            self.keep_failure(exc)
             return None
 
     def _next_job(self) -> Job | None:

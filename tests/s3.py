@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -31,16 +34,33 @@ def uploads_left(storage: FsspecStorage) -> list[str]:
     return [upload["Key"] for upload in answer.get("Uploads", [])]
 
 
-Fault = Literal["503", "500", "token", "stall", "reset", "drop", "cut", "hold", ""]
+Fault = Literal[
+    "503", "500", "502", "429", "403", "skew", "garbage", "short", "trickle",
+    "token", "stall", "reset", "half", "drop", "cut", "hold", "delay",
+    "kill", "kill half", "kill answered", "",
+]  # fmt: skip
+DELAY_S = 0.3
+_REFUSALS = {
+    "503": ("SlowDown", "Please reduce your request rate."),
+    "500": ("InternalError", "We encountered an internal error."),
+    "502": ("BadGateway", "Bad gateway."),
+    "skew": ("RequestTimeTooSkewed", "The difference between the request time and the current time is too large."),
+    "429": ("TooManyRequests", "Please reduce your request rate."),
+    "403": ("AccessDenied", "Access Denied"),
+    "token": ("ExpiredToken", "expired"),
+}
+_STATUS = {"skew": "403", "token": "400"}
 
 
 @dataclass
 class Request:
-    """operation: as "PUT part". number: of this operation, from 1. num_bytes: of the answer's body."""
+    """operation: as "PUT part". number: of this operation, from 1. num_bytes: of the answer's body. num_sent: of its
+    own."""
 
     operation: str
     number: int
     num_bytes: int = 0
+    num_sent: int = 0
 
 
 class S3Proxy:
@@ -48,12 +68,25 @@ class S3Proxy:
 
     `fault(request)` says what becomes of each: "503", "500": that answer, unseen by the server; "token": a refusal that
     repeats the client's session token; "stall": its body is not read and nothing is answered; "reset": the connection
-    is reset in the middle of its body; "drop": the server answers, the client never hears; "cut": of the answer only
-    half comes; "hold": it waits for `gate`; "": it passes.
+    is reset in the middle of its body; "half": so it is, and the server has the first half; "drop": the server answers,
+    the client never hears; "cut": of the answer only half comes; "hold": it waits for `gate`; "delay": for DELAY_S; "":
+    it passes.
+
+    "502", "429", "403" and "skew" (of clocks) are as "503"; "garbage": an answer that is none; "short": its length says
+    that half of it is all; "trickle": it comes byte by byte, until `gate`. "kill", "kill half", "kill answered":
+    `kill()`, which ends the client, is called when the request is there, when the server has the first half of its
+    body, when the server has answered.
     """
 
-    def __init__(self, endpoint: str, fault: Callable[[Request], Fault] = lambda request: "") -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        fault: Callable[[Request], Fault] = lambda request: "",
+        kill: Callable[[], None] = lambda: None,
+    ) -> None:
         address = urlsplit(endpoint)
+        self._kill = kill
+        self._threads: list[threading.Thread] = []
         self._server = (address.hostname or "", address.port or 80)
         self._fault = fault
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -89,7 +122,15 @@ class S3Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+                thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def wait_idle(self) -> None:
+        """Until all that was sent by clients who are gone has been passed on, or dropped."""
+        for thread in list(self._threads):
+            thread.join(60)
+            assert not thread.is_alive(), "a client of the proxy is still connected"
 
     def _serve(self, client: socket.socket) -> None:
         with suppress(OSError, EOFError, ValueError), socket.create_connection(self._server) as server:
@@ -105,21 +146,33 @@ class S3Proxy:
     ) -> None:
         request = self._count(head)
         fault = self._fault(request)
+        if fault == "kill":
+            self._kill()
+            raise EOFError
+        if fault == "delay":
+            time.sleep(DELAY_S)
         if b"100-continue" in head.lower():
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             head = b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"expect:"))
         if fault == "stall":
             self.gate.wait(60)
             raise EOFError
-        length = _length(head)
-        if fault == "reset":
-            _take(from_client, length // 2)
+        request.num_sent = length = _length(head)
+        if fault in ("reset", "half", "kill half"):
+            half = _take(from_client, length // 2)
+            if fault != "reset":
+                server.sendall(head + half)
+            if fault == "kill half":
+                self._kill()
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             client.close()
             raise EOFError
         body = _take(from_client, length)
-        if fault in ("503", "500", "token"):
-            client.sendall(_refusal(fault, head))
+        if fault == "garbage":
+            client.sendall(_answer("200", b"<html><body>It works!</body></html>", head))
+            return
+        if fault in _REFUSALS:
+            client.sendall(self._refusal(fault, head))
             return
         with self._lock:
             self._num_in_flight += 1
@@ -130,45 +183,82 @@ class S3Proxy:
             server.sendall(head + body)
             answer = _head(answers)
             no_body = request.operation.startswith("HEAD") or b" 204 " in answer[:20]
-            content = b"" if no_body else _take(answers, _length(answer))
+            content = b"" if no_body else _content(answers, answer)
         finally:
             with self._lock:
                 self._num_in_flight -= 1
         request.num_bytes = len(content)
-        if fault == "drop":
+        if fault == "kill answered":
+            self._kill()
+        if fault in ("drop", "kill answered"):
             raise EOFError
+        if fault == "trickle":
+            self._trickle(client, answer + content)
+        if fault == "short":
+            content = content[: len(content) // 2]
+            answer = re.sub(rb"(?i)(\r\ncontent-length: *)\d+", rb"\g<1>%d" % len(content), answer)
         client.sendall(answer + content[: len(content) // 2 if fault == "cut" else None])
         if fault == "cut":
             raise EOFError
 
+    def _trickle(self, client: socket.socket, data: bytes) -> None:
+        for at in range(len(data)):
+            client.sendall(data[at : at + 1])
+            if self.gate.wait(0.05):
+                break
+        raise EOFError
+
     def _count(self, head: bytes) -> Request:
         method, target, _ = head.partition(b"\r\n")[0].decode().split(" ")
         with self._lock:
-            operation = _operation(method, target)
+            operation = self._operation(method, target)
             request = Request(operation, self.operations.count(operation) + 1)
             self.requests.append(request)
         return request
 
+    @staticmethod
+    def _operation(method: str, target: str) -> str:
+        url = urlsplit(target)
+        query = parse_qs(url.query, keep_blank_values=True)
+        what = "object" if url.path.strip("/").count("/") else "bucket"
+        if "partNumber" in query:
+            what = "part"
+        elif query.keys() & {"uploads", "uploadId"}:
+            what = "uploads" if method == "GET" else "new upload" if "uploads" in query else "upload"
+        return f"{method} {what}"
 
-def _operation(method: str, target: str) -> str:
-    url = urlsplit(target)
-    query = parse_qs(url.query, keep_blank_values=True)
-    what = "object" if url.path.strip("/").count("/") else "bucket"
-    if "partNumber" in query:
-        what = "part"
-    elif query.keys() & {"uploads", "uploadId"}:
-        what = "uploads" if method == "GET" else "new upload" if "uploads" in query else "upload"
-    return f"{method} {what}"
+    @staticmethod
+    def _refusal(fault: str, head: bytes) -> bytes:
+        (code, message), extra, status = _REFUSALS[fault], b"", _STATUS.get(fault, fault)
+        if fault == "token":
+            token = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"x-amz-security-token:"))
+            extra = b"<Token-0>" + token + b"</Token-0>"
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message>".encode() + extra + b"</Error>"
+        return _answer(status, body, head)
 
 
-def _refusal(fault: str, head: bytes) -> bytes:
-    body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-    status = fault
-    if fault == "token":
-        token = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"x-amz-security-token:"))
-        body = b"<Error><Code>ExpiredToken</Code><Message>expired</Message><Token-0>" + token + b"</Token-0></Error>"
-        status = "400"
-    return f"HTTP/1.1 {status} x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+class GcsProxy(S3Proxy):
+    """The same before the JSON API of GCS."""
+
+    @staticmethod
+    def _operation(method: str, target: str) -> str:
+        url = urlsplit(target)
+        place = url.path.partition("/b/")[2].split("/")[1:]  # behind the bucket
+        what = "bucket" if not place else "upload" if url.path.startswith("/upload") else "object"
+        return f"{method} {'list' if place == ['o'] and what == 'object' else what}"
+
+    @staticmethod
+    def _refusal(fault: str, head: bytes) -> bytes:
+        status = _STATUS.get(fault, fault)
+        return _answer(
+            status, json.dumps({"error": {"code": int(status), "message": _REFUSALS[fault][1]}}).encode(), head
+        )
+
+
+def _answer(status: str, body: bytes, head: bytes) -> bytes:
+    """To a request that begins with `head`."""
+    answer = f"HTTP/1.1 {status} x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    return answer if head.startswith(b"HEAD ") else answer + body
 
 
 def _head(stream: Any) -> bytes:
@@ -183,8 +273,25 @@ def _length(head: bytes) -> int:
         if line.startswith(b"content-length:"):
             return int(line.partition(b":")[2])
     if b"transfer-encoding:" in head.lower():
-        raise ValueError("this proxy knows no chunks")
+        raise ValueError("this proxy knows no requests in chunks")
     return 0
+
+
+def _content(answers: Any, head: bytes) -> bytes:
+    if head.startswith(b"HTTP/1.0") and b"content-length:" not in head.lower():
+        return bytes(answers.read())
+    if b"transfer-encoding: chunked" in head.lower():
+        return b"".join(_chunks(answers))
+    return _take(answers, _length(head))
+
+
+def _chunks(stream: Any) -> Iterator[bytes]:
+    """As they come, with their lengths."""
+    length = -1
+    while length != 0:
+        line = stream.readline()
+        length = int(line, 16)
+        yield line + _take(stream, length + 2)
 
 
 def _take(stream: Any, length: int) -> bytes:

@@ -33,12 +33,14 @@ from asyncckpt import (
     Failed,
     Pruned,
     SaveError,
+    Staged,
     WriteError,
+    Written,
 )
 from asyncckpt.storage import Storage
 from asyncckpt.testing import FaultyStorage, GatedStorage, RecordingStorage
 from stagers import BlockingAsyncStager, StagingError
-from tests.faults.harness import Place, open_manager, strays
+from tests.faults.harness import TIMEOUT_S, Place, open_manager, strays
 from tests.faults.line import Line
 from tests.servers import S3Server
 from tests.states import assert_same
@@ -207,6 +209,67 @@ def test_an_event_sink_that_raises_on_the_writer_thread_hangs_nobody(tmp_path: P
         with pytest.raises(SystemExit) if isinstance(error, SystemExit) else contextlib.nullcontext():
             manager.join()
         manager.save(2, state(2))
+        assert manager.all_steps() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [Staged, Written, Committed])
+def test_no_way_out_of_an_event_sink_harms_a_save(tmp_path: Path, kind: type[Event]) -> None:
+    """sys.exit() in any phase: raised once, and the save goes on, retention too."""
+    calls = []
+
+    def sink(event: Event) -> None:
+        if isinstance(event, kind) and event.step == 2:
+            calls.append(event)
+            sys.exit("of a sink")
+
+    with CheckpointManager(str(tmp_path), max_to_keep=1, events=[sink]) as manager:
+        manager.save(1, state(1))
+        with pytest.raises(SystemExit, match="of a sink"):
+            _save_and_join(manager, 2)
+        manager.join()
+        assert manager.all_steps() == [2]
+        assert strays(Place(str(tmp_path), {}), manager._storage, [2]) == []
+        manager.save(3, state(3))
+    assert len(calls) == 1
+
+
+def _save_and_join(manager: CheckpointManager, step: int) -> None:
+    manager.save_async(step, state(step))
+    manager.join()
+
+
+@pytest.mark.parametrize("call", ["save_async", "join", "close"])
+def test_an_event_sink_that_waits_for_its_own_thread_hangs_nobody(
+    tmp_path: Path, call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gets an error, which is logged; the save is committed."""
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Written):
+            assert manager.all_steps() == []
+            getattr(manager, call)(*([2, state(2)] if call == "save_async" else []))
+
+    with CheckpointManager(str(tmp_path), events=[sink]) as manager:
+        manager.save(1, state(1))
+        assert manager.all_steps() == [1]
+        assert "an event sink, which runs on the writer thread" in caplog.text
+
+
+def test_an_event_sink_that_blocks_holds_saves_up_and_loses_none(tmp_path: Path) -> None:
+    """On the writer thread; the training loop waits when the queue is full, not before."""
+    gate, reached = threading.Event(), threading.Event()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Written) and event.step == 1:
+            reached.set()
+            assert gate.wait(TIMEOUT_S)
+
+    with CheckpointManager(str(tmp_path), max_pending_async=2, events=[sink]) as manager:
+        manager.save_async(1, state(1))
+        assert reached.wait(TIMEOUT_S)
+        manager.save_async(2, state(2))
+        gate.set()
+        manager.join()
         assert manager.all_steps() == [1, 2]
 
 
@@ -386,15 +449,15 @@ def line(s3_server: S3Server) -> Iterator[Line]:
 
 
 def no_patience(options: dict[str, Any], endpoint: str) -> dict[str, Any]:
-    """storage_options for a server that may be gone: tests need not wait for retries of two layers."""
+    """Arguments for a server that may be gone."""
     options["client_kwargs"]["endpoint_url"] = endpoint
-    options["config_kwargs"] |= {"connect_timeout": 2, "read_timeout": 10, "retries": {"max_attempts": 0}}
-    return options
+    options["config_kwargs"] |= {"connect_timeout": 2, "read_timeout": 10}
+    return {"storage_options": options, "retry_timeout": 0.5}
 
 
 def test_a_server_that_is_gone_and_comes_back(s3_url: str, s3_options: dict[str, Any], line: Line) -> None:
     """In the middle of a run; errors and what is logged hold no credential."""
-    with CheckpointManager(s3_url, storage_options=no_patience(s3_options, line.endpoint)) as manager:
+    with CheckpointManager(s3_url, **no_patience(s3_options, line.endpoint)) as manager:
         manager.save(1, state(1))
         line.cut()
         manager.save_async(2, state(2))
@@ -417,7 +480,7 @@ def test_a_server_that_goes_at_the_commit(
 ) -> None:
     """The data are there, the manifest is not: nor is the step, an older save of it stays, and the data go after the
     next commit."""
-    with CheckpointManager(s3_url, storage_options=no_patience(s3_options, line.endpoint)) as manager:
+    with CheckpointManager(s3_url, **no_patience(s3_options, line.endpoint)) as manager:
         manager.save(1, state(1))
         with use(manager, lambda storage: GatedStorage(storage, verb)) as gate:
             manager.save_async(step, state(2))
@@ -471,6 +534,25 @@ def test_a_step_is_whole_though_pruning_fails_and_that_is_tried_again(any_url: t
         manager.join()
         assert [event.step for event in seen if isinstance(event, Pruned)] == [1, 2]
         assert strays(Place(url, options), storage, [3]) == []
+
+
+def test_a_bucket_that_lets_nothing_be_deleted_is_told_of_once(tmp_path: Path) -> None:
+    """Not at each save, nor does each save ask for all of it; when it may be deleted, all goes."""
+    seen: list[Event] = []
+    with CheckpointManager(str(tmp_path), max_to_keep=1, events=[seen.append]) as manager:
+        refused = PermissionError(errno.EACCES, "no")
+        storage = use(manager, lambda storage: FaultyStorage(storage, "delete", error=refused))
+        for step in range(6):
+            manager.save(step, state(step))
+        manager.join()
+        assert [event.phase for event in seen if isinstance(event, Failed)] == ["prune"]
+        assert storage.count("delete") <= 6
+        assert manager.all_steps() == [5]
+        manager._storage = manager._saver.storage = storage.inner
+        manager.save(6, state(6))
+        manager.join()
+        assert strays(Place(str(tmp_path), {}), storage.inner, [6]) == []
+        assert sorted(event.step for event in seen if isinstance(event, Pruned)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_keep_policy_that_raises_keeps_everything(tmp_path: Path) -> None:
