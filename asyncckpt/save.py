@@ -40,7 +40,14 @@ import torch
 from asyncckpt import events
 from asyncckpt.chunks import ChunkTable, Key, Placement, merge
 from asyncckpt.dcp_metadata import pickle_metadata
-from asyncckpt.errors import CheckpointError, CommitError, DamagedStepError, SaveError, WriteError
+from asyncckpt.errors import (
+    CheckpointError,
+    CommitError,
+    DamagedStepError,
+    SaveError,
+    StepNotFoundError,
+    WriteError,
+)
 from asyncckpt.framing import crc32
 from asyncckpt.index import RunIndex
 from asyncckpt.manifest import FileRecord, Head, Manifest, decode_records, encode_manifest, encode_records
@@ -57,6 +64,7 @@ from asyncckpt.steps import (
     manifest_name,
     may_be_swept,
     read_listing,
+    read_step_files,
 )
 from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
@@ -97,15 +105,18 @@ class SaveJob:
 class Leftover:
     """Files of a step folder that nothing refers to any more. groups: deleted one after the other, in this order.
 
-    mend: the step was saved again, so its `.metadata` (`stock`, or made from the manifest) is to be written first:
-    until then it speaks of the old data. whole: retention drops the step.
+    mend: the step was saved again, so its `.metadata` (`stock` of the save `sequence`, or made from the manifest) is to
+    be written first: until then it speaks of the old data. whole: retention drops the step. refused: data of a save
+    that had the number of the committed one, another run's, and came too late.
     """
 
     step: int
     groups: list[list[str]]
     mend: bool = False
     stock: bytes | None = None
+    sequence: int | None = None
     whole: bool = False
+    refused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +179,8 @@ class Saver:
     """Of this rank's part of the last save, if the coordinator has it: it has committed that save."""
     _regions: Regions = field(default_factory=Regions)
     _is_tidy: bool = False
+    _told: set[int | None] = field(default_factory=set)
+    """The errnos with which deleting failed, of which an event told."""
     _is_guarded: bool | None = None
     """Whether storage refuses to overwrite; None: not asked."""
 
@@ -366,18 +379,21 @@ class Saver:
         except Exception as exc:
             self._abandon(job, names, exc)
             raise
-        self._confirm(job, files)
+        self._confirm(job, files, has_stock=not before.manifests)
         self.index.commit(job.step, job.sequence, [*names, DCP_METADATA, manifest_name(job.sequence)])
         if self.keep is not None:  # else nobody takes them out again
             self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
         if before.manifests:
             before.manifests[job.sequence] = manifest_name(job.sequence)
-            self.leftovers.append(Leftover(job.step, before.leftovers(job.sequence), mend=True, stock=stock))
+            groups = before.leftovers(job.sequence)
+            self.leftovers.append(Leftover(job.step, groups, mend=True, stock=stock, sequence=job.sequence))
         return manifest.num_bytes, self._prunable(job.step)
 
     def _retire(self, steps: Sequence[int]) -> None:
         for step in steps:
-            self.leftovers.append(Leftover(step, self.index.files_of(step).in_deletion_order(), whole=True))
+            files = self.index.files_of(step)
+            self.leftovers.append(Leftover(step, files.in_deletion_order(), whole=True))
+            self._is_tidy &= not files.has_unfinished  # it judges them
         self.index.remove(steps)
 
     def _manifest(self, job: SaveJob, chunks: ChunkTable, files: list[FileRecord]) -> tuple[Manifest, bytes]:
@@ -463,7 +479,7 @@ class Saver:
             return False
         return crc32(stored) == unsure.crc32
 
-    def _confirm(self, job: SaveJob, files: Sequence[FileRecord]) -> None:
+    def _confirm(self, job: SaveJob, files: Sequence[FileRecord], *, has_stock: bool) -> None:
         """After the commit: take it back if another run was faster, or has removed our files. It was not yet told."""
         try:
             self._check_stored(job, files)
@@ -471,9 +487,10 @@ class Saver:
             return
         except CommitError:
             names = [f"{job.attempt}/{file.name}" for file in files]
-            self._delete(Leftover(job.step, [[manifest_name(job.sequence)], names]))
-            with contextlib.suppress(OSError, CheckpointError):  # it spoke of our save
-                mend_step(self.storage, str(job.step), None)
+            stock = [DCP_METADATA] if has_stock else []
+            self._delete(Leftover(job.step, [[manifest_name(job.sequence)], stock, names]))
+            with contextlib.suppress(OSError, CheckpointError):  # it may have been the other's, before
+                mend_step(self.storage, str(job.step))
             raise
 
     def _ask_if_guarded(self, job: SaveJob) -> None:
@@ -527,12 +544,17 @@ class Saver:
         return replace(committed, time_s=head.time_s, metrics=head.metrics)
 
     def _delete_leftovers(self) -> None:
-        """What fails is tried again after the next commit: a step is whole whether or not an old one is gone."""
+        """What fails is tried again after the next commit: a step is whole whether or not an old one is gone. So is all
+        behind it: storage that refuses, or is slow to fail, would keep the next save waiting for each of them."""
         work, self.leftovers = self.leftovers, []
-        for leftover in work:
-            self._delete(leftover)
+        for number, leftover in enumerate(work, 1):
+            if not self._delete(leftover):
+                self.leftovers[:0] = work[number:]  # before the one that failed
+                return
+        self._told.clear()
 
-    def _delete(self, leftover: Leftover) -> None:
+    def _delete(self, leftover: Leftover) -> bool:
+        """Whether it is done with."""
         started = time.perf_counter()
         try:
             current = self.index.sequence_of(leftover.step)  # the step may have been saved or dropped since
@@ -540,27 +562,34 @@ class Saver:
             if is_theirs:  # so is `.metadata`
                 groups = [[name for name in group if name != DCP_METADATA] for group in groups]
             elif leftover.mend and current is not None:
-                mend_step(self.storage, str(leftover.step), leftover.stock)
-            for group in groups:
-                over = [name for name in group if current is None or not belongs_to(name, current)]
-                self.storage.delete([f"{leftover.step}/{name}" for name in over])
+                mend_step(self.storage, str(leftover.step), leftover.stock, leftover.sequence)
+            over = [[name for name in group if current is None or not belongs_to(name, current)] for group in groups]
+            for group in [*over, leftover.refused]:
+                self.storage.delete([f"{leftover.step}/{name}" for name in group])
         except DamagedStepError:
-            return  # nothing mends a damaged step, and its older save may be all there is
+            return True  # nothing mends a damaged step, and its older save may be all there is
         except OSError as exc:
             self.leftovers.append(leftover)
-            self._emit(events.Failed, leftover.step, phase="prune", error=exc)
-            return
-        if groups:
+            self._tell_undeleted(leftover.step, exc)
+            return False
+        if num_files := sum(map(len, [*groups, leftover.refused])):
             self._emit(
                 events.Pruned, leftover.step,
-                whole=leftover.whole, num_files=sum(map(len, groups)), prune_s=time.perf_counter() - started,
+                whole=leftover.whole, num_files=num_files, prune_s=time.perf_counter() - started,
             )  # fmt: skip
+        return True
+
+    def _tell_undeleted(self, step: int, error: OSError) -> None:
+        """Once for each reason until all that is over is gone, not at each save."""
+        if error.errno not in self._told:
+            self._emit(events.Failed, step, phase="prune", error=error)
+        self._told.add(error.errno)
 
     def _is_theirs(self, leftover: Leftover, current: int | None) -> bool:
         """Whether another run has saved the step again since this one knew it."""
         if not leftover.mend and not leftover.whole:
             return False
-        found = read_listing(self.storage.list_files(str(leftover.step))).get(leftover.step, StepFiles()).sequence
+        found = _files_in(self.storage, str(leftover.step)).sequence
         return found not in (None, current) and manifest_name(found) not in chain(*leftover.groups)
 
     def _clean_up(self, step: int, sequence: int) -> None:
@@ -584,18 +613,34 @@ class Saver:
             self.leftovers += [
                 leftover
                 for number, files in steps.items()
-                if (leftover := _leftover(number, files, sequence, {name for at, name in marked if at == number}))
+                if (leftover := self._leftover(number, files, sequence, {name for at, name in marked if at == number}))
             ]
         except OSError as exc:
-            self._emit(events.Failed, step, phase="prune", error=exc)
+            self._tell_undeleted(step, exc)
         self._delete_leftovers()
         self._sweep(step, sequence)
+
+    def _leftover(self, step: int, files: StepFiles, newest_committed: int, marked: set[str]) -> Leftover | None:
+        """What is left over in a step's folder; of attempts without a manifest only those that were marked as dead
+        before. The mark of one that was committed meanwhile goes, too."""
+        unfinished = files.unfinished(newest_committed)
+        groups = files.leftovers(newest_committed, {*unfinished} - marked)
+        if alive := [f"{name}/{DEAD_MARK}" for name in marked.difference(unfinished) if name in files.attempts]:
+            groups.append(alive)
+        refused: list[str] = []
+        if files.has_rivals:
+            with contextlib.suppress(OSError, DamagedStepError):
+                refused = files.beside(read_manifest(self.storage, str(step), files).head.attempt)
+        is_whole = files.sequence is not None
+        if not groups and not refused and (not is_whole or DCP_METADATA in files.other):
+            return None
+        return Leftover(step, groups, mend=is_whole, refused=refused)
 
     def _sweep(self, step: int, sequence: int) -> None:
         try:
             self.storage.sweep(lambda path: may_be_swept(path, sequence))
         except OSError as exc:
-            self._emit(events.Failed, step, phase="prune", error=exc)
+            self._tell_undeleted(step, exc)
 
     # -- telling
 
@@ -615,18 +660,6 @@ class Saver:
 
     def _emit(self, kind: type[events.Event], step: int, **values: Any) -> None:
         self.emit(kind(url=self.storage.url, step=step, rank=self.ranks.rank, time_s=time.time(), **values))
-
-
-def _leftover(step: int, files: StepFiles, newest_committed: int, marked: set[str]) -> Leftover | None:
-    """What is left over in a step's folder; of attempts without a manifest only those that were marked as dead before.
-    The mark of one that was committed meanwhile goes, too."""
-    unfinished = files.unfinished(newest_committed)
-    alive = [f"{name}/{DEAD_MARK}" for name in marked.difference(unfinished) if name in files.attempts]
-    groups = [*files.leftovers(newest_committed, {*unfinished} - marked), *([alive] if alive else [])]
-    is_whole = files.sequence is not None
-    if not groups and (not is_whole or DCP_METADATA in files.other):
-        return None
-    return Leftover(step, groups, mend=is_whole)
 
 
 def make_manifest(
@@ -656,7 +689,7 @@ def create_manifest(storage: Storage, folder: str, manifest: Manifest, *, has_st
     except FileExistsError as exc:
         if has_stock:  # it has replaced what belongs to the step that is there
             with contextlib.suppress(OSError, DamagedStepError):
-                mend_step(storage, folder, None)
+                mend_step(storage, folder)
         raise CommitError(
             f"another run committed {path} in the meantime. Nothing was overwritten; two runs must not write to one "
             "path: end one of them, or give it a path of its own",
@@ -664,14 +697,34 @@ def create_manifest(storage: Storage, folder: str, manifest: Manifest, *, has_st
         ) from exc  # fmt: skip
 
 
-def mend_step(storage: Storage, folder: str, stock: bytes | None) -> None:
-    """Write the `.metadata` that belongs to a step's newest manifest. DamagedStepError: that does not read."""
-    if stock is None:
-        manifest = open_step(storage, folder).manifest
-        if manifest is None:  # not ours any more
+def mend_step(storage: Storage, folder: str, stock: bytes | None = None, sequence: int | None = None) -> None:
+    """Write the `.metadata` that belongs to a step's newest manifest. DamagedStepError: that does not read.
+
+    stock: the `.metadata` of the save `sequence`; None: made here. Looks afterwards, as another run may have saved or
+    dropped the step meanwhile: the last to write is right in the end.
+    """
+    while True:
+        if stock is None:
+            try:
+                manifest = open_step(storage, folder).manifest
+            except StepNotFoundError:
+                return
+            if manifest is None:  # not ours any more
+                return
+            stock = pickle_metadata(manifest.keys, manifest.chunks, manifest.head.attempt, manifest.head.save_id)
+            sequence = manifest.head.sequence
+        storage.replace(join(folder, DCP_METADATA), stock)
+        newest = _files_in(storage, folder).sequence
+        if newest is None:  # alone it would read as a foreign checkpoint
+            storage.delete([join(folder, DCP_METADATA)])
+        if newest in (None, sequence):
             return
-        stock = pickle_metadata(manifest.keys, manifest.chunks, manifest.head.attempt, manifest.head.save_id)
-    storage.replace(join(folder, DCP_METADATA), stock)
+        stock = None
+
+
+def _files_in(storage: Storage, folder: str) -> StepFiles:
+    start = len(join(folder, ""))
+    return read_step_files({path[start:]: size for path, size in storage.list_files(folder).items()})
 
 
 def _describe(error: Exception) -> str:
