@@ -35,7 +35,7 @@ def uploads_left(storage: FsspecStorage) -> list[str]:
 
 
 Fault = Literal[
-    "503", "500", "502", "429", "403", "skew", "garbage", "short", "trickle",
+    "503", "500", "502", "429", "403", "skew", "expired", "garbage", "short", "trickle",
     "token", "stall", "reset", "half", "drop", "cut", "hold", "delay",
     "kill", "kill half", "kill answered", "",
 ]  # fmt: skip
@@ -48,8 +48,9 @@ _REFUSALS = {
     "429": ("TooManyRequests", "Please reduce your request rate."),
     "403": ("AccessDenied", "Access Denied"),
     "token": ("ExpiredToken", "expired"),
+    "expired": ("ExpiredToken", "The provided token has expired."),
 }
-_STATUS = {"skew": "403", "token": "400"}
+_STATUS = {"skew": "403", "token": "400", "expired": "400"}
 
 
 @dataclass
@@ -72,10 +73,10 @@ class S3Proxy:
     the client never hears; "cut": of the answer only half comes; "hold": it waits for `gate`; "delay": for DELAY_S; "":
     it passes.
 
-    "502", "429", "403" and "skew" (of clocks) are as "503"; "garbage": an answer that is none; "short": its length says
-    that half of it is all; "trickle": it comes byte by byte, until `gate`. "kill", "kill half", "kill answered":
-    `kill()`, which ends the client, is called when the request is there, when the server has the first half of its
-    body, when the server has answered.
+    "502", "429", "403", "expired" (credentials) and "skew" (of clocks) are as "503"; "garbage": an answer that is none;
+    "short": its length says that half of it is all; "trickle": it comes byte by byte, until `gate`. "kill", "kill
+    half", "kill answered": `kill()`, which ends the client, is called when the request is there, when the server has
+    the first half of its body, when the server has answered.
     """
 
     def __init__(

@@ -121,8 +121,10 @@ class RadosGateway(S3Server):
     name = "radosgw"
     PROGRAMS: ClassVar = ("ceph-authtool", "monmaptool", "ceph-mon", "ceph", "ceph-osd", "radosgw", "radosgw-admin")
 
-    def __init__(self, *, memory_bytes: int = 6 << 30) -> None:
+    def __init__(self, *, memory_bytes: int = 6 << 30, min_part_bytes: int = 5 << 20) -> None:
+        """min_part_bytes: of a multipart upload's part that is not its last; the default is Amazon's."""
         self._memory_bytes = memory_bytes
+        self._min_part_bytes = min_part_bytes
 
     @classmethod
     def missing(cls) -> str:
@@ -137,7 +139,7 @@ class RadosGateway(S3Server):
         for name in ("mon", "osd", "rgw"):
             (folder / name).mkdir()
         conf, keyring, monmap = (folder / name for name in ("ceph.conf", "keyring", "monmap"))
-        conf.write_text(_ceph_conf(folder, cluster_id, mon_port, rgw_port, self._memory_bytes))
+        conf.write_text(_ceph_conf(folder, cluster_id, mon_port, rgw_port, self._memory_bytes, self._min_part_bytes))
 
         def run(program: str, *args: object) -> None:
             _run([program, "-c", conf, *args], folder)
@@ -248,7 +250,9 @@ def _run_to_its_end(command: list[str], env: Mapping[str, str]) -> int:
             process.terminate()
 
 
-def _ceph_conf(folder: Path, cluster_id: str, mon_port: int, rgw_port: int, memory_bytes: int) -> str:
+def _ceph_conf(
+    folder: Path, cluster_id: str, mon_port: int, rgw_port: int, memory_bytes: int, min_part_bytes: int
+) -> str:
     return f"""\
 [global]
 fsid = {cluster_id}
@@ -288,6 +292,7 @@ paxos_min_wait = 0.01
 rgw_frontends = beast endpoint=127.0.0.1:{rgw_port}
 rgw_dns_name = localhost
 rgw_thread_pool_size = 64
+rgw_multipart_min_part_size = {min_part_bytes}
 rgw_run_sync_thread = false
 # deleted data would stay in memory for two hours
 rgw_gc_obj_min_wait = 2
