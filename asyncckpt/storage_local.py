@@ -53,7 +53,7 @@ class LocalStorage:
     def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
         target, what = self._absolute(path), self._what("write", path)
         with named_errors(what):
-            descriptor = _open_direct(target)
+            descriptor = self._open_direct(target)
         try:
             with FileWriter(descriptor, size, self._num_threads, what) as writer:
                 for view in views:
@@ -72,7 +72,7 @@ class LocalStorage:
     def create(self, path: str, data: bytes) -> None:
         with named_errors(self._what("create", path)):
             target = self._absolute(path)
-            temporary, made = _write_temporary(target, data)
+            temporary, made = self._write_temporary(target, data)
             try:
                 try:
                     _link(temporary, target)
@@ -87,7 +87,7 @@ class LocalStorage:
     def replace(self, path: str, data: bytes) -> None:
         with named_errors(self._what("replace", path)):
             target = self._absolute(path)
-            temporary, _ = _write_temporary(target, data)
+            temporary, _ = self._write_temporary(target, data)
             try:
                 os.replace(temporary, target)
             except BaseException:
@@ -128,13 +128,17 @@ class LocalStorage:
         return files
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Durable on return too: what a caller deletes next never vanishes in a crash before what it deleted first."""
+        """Durable on return too: what a caller deletes next never vanishes in a crash before what it deleted first. Nor
+        before what a killed writer deleted in the folders above, which nobody synced."""
         names = [check_path(path) for path in paths]
+        folders = {os.path.dirname(path) for path in names}
         failures: list[OSError] = []
+        for folder in {os.path.dirname(folder) for folder in folders} - {""}:
+            with _collecting(failures, folder):
+                _fsync_folder(os.path.join(self.root, folder))
         for path in names:
             with _collecting(failures, path):
                 os.unlink(os.path.join(self.root, path))
-        folders = {os.path.dirname(path) for path in names}
         for folder in sorted(folders, key=len, reverse=True):
             with _collecting(failures, folder):
                 _fsync_folder(os.path.join(self.root, folder))
@@ -149,19 +153,22 @@ class LocalStorage:
         with named_errors(self._what("sweep", "")):
             for full, _, _ in os.walk(self.root, topdown=False):
                 folder = os.path.relpath(full, self.root)
-                if folder != os.curdir and may_go(folder):
+                if folder == os.curdir:
+                    _remove_leftovers(full)
+                elif may_go(folder):
                     self._remove_empty(folder)
 
     def check_writable(self) -> None:
         with named_errors(self._what("write to", "")):
             probe = os.path.join(self.root, TEMP_PREFIX + secrets.token_hex(8))
-            os.close(_open_new(probe, os.O_EXCL))
+            os.close(self._open_new(probe, os.O_EXCL))
             os.unlink(probe)
+            _fsync_above(self.root)
 
     def is_create_exclusive(self) -> bool:
         with named_errors(self._what("probe", "")):
             probe = os.path.join(self.root, TEMP_PREFIX + secrets.token_hex(8))
-            os.close(_open_new(probe, os.O_EXCL))
+            os.close(self._open_new(probe, os.O_EXCL))
             try:
                 os.link(probe, f"{probe}-2")
                 os.unlink(f"{probe}-2")
@@ -179,14 +186,65 @@ class LocalStorage:
     def _what(self, operation: str, path: str) -> str:
         return f"{operation} {path} at {self.url}" if path else f"{operation} {self.url}"
 
+    def _open_direct(self, path: str) -> int:
+        try:
+            return self._open_new(path, os.O_TRUNC | O_DIRECT)
+        except OSError as exc:
+            if exc.errno not in NO_DIRECT_IO:
+                raise
+            return self._open_new(path, os.O_TRUNC)
+
+    def _open_new(self, path: str, flags: int) -> int:
+        """Open for writing, making the folders above. Tries again where a `delete` elsewhere removed one as empty."""
+        for attempt in range(5):
+            try:
+                self._make_folder(os.path.dirname(path))
+                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
+            except FileNotFoundError:
+                if attempt == 4:
+                    raise
+        raise AssertionError
+
+    def _make_folder(self, path: str) -> None:
+        """Make the folder and those above; a new name is durable once the folder that holds it is synced.
+
+        One that is there already may have been made by a writer that was killed before it synced the name, so that is
+        done when it gets a new folder; for the root and above by `check_writable`.
+        """
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent):
+            self._make_folder(parent)
+        elif len(parent) > len(self.root):
+            _fsync_folder(os.path.dirname(parent))
+        try:
+            os.mkdir(path)
+        except FileExistsError:  # made by another thread or rank at this moment, or a file
+            if not os.path.isdir(path):
+                raise NotADirectoryError(errno.ENOTDIR, f"{path} is not a folder") from None
+        _fsync_folder(parent)
+
+    def _write_temporary(self, target: str, data: bytes) -> tuple[str, os.stat_result]:
+        """The path of a new, durable file beside `target`, and which file it is."""
+        path = os.path.join(os.path.dirname(target), TEMP_PREFIX + secrets.token_hex(8))
+        descriptor = self._open_new(path, os.O_EXCL)
+        try:
+            write_full(descriptor, [memoryview(data)] if data else [], 0)
+            os.fsync(descriptor)
+            return path, os.fstat(descriptor)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+
     def _remove_empty(self, folder: str) -> None:
         """Remove `folder` and those above it for as long as they are empty; never the root."""
         while folder:
             full = os.path.join(self.root, folder)
-            for entry in _scan(full):
-                if _is_leftover(entry):
-                    with suppress(FileNotFoundError):
-                        os.unlink(entry.path)
+            _remove_leftovers(full)
             try:
                 os.rmdir(full)
             except FileNotFoundError:
@@ -198,40 +256,14 @@ class LocalStorage:
             folder = os.path.dirname(folder)
 
 
-def _open_direct(path: str) -> int:
-    try:
-        return _open_new(path, os.O_TRUNC | O_DIRECT)
-    except OSError as exc:
-        if exc.errno not in NO_DIRECT_IO:
-            raise
-        return _open_new(path, os.O_TRUNC)
-
-
-def _open_new(path: str, flags: int) -> int:
-    """Open for writing, making the folders above. Tries again where a `delete` elsewhere removed one as empty."""
-    for attempt in range(5):
-        try:
-            _make_folder(os.path.dirname(path))
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
-        except FileNotFoundError:
-            if attempt == 4:
-                raise
-    raise AssertionError
-
-
-def _make_folder(path: str) -> None:
-    """Make the folder and those above; a new name is durable once the folder that holds it is synced."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path)
-    if parent != path:
-        _make_folder(parent)
-    try:
-        os.mkdir(path)
-    except FileExistsError:  # made by another thread or rank at this moment, or a file
-        if not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, f"{path} is not a folder") from None
-    _fsync_folder(parent)
+def _fsync_above(path: str) -> None:
+    """Make the names of a folder and of those above it durable, up to where its file system is mounted; as far as they
+    may be read: who made them knows."""
+    path = os.path.realpath(path)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+        with suppress(PermissionError):
+            _fsync_folder(path)
 
 
 def _fsync_folder(path: str) -> None:
@@ -241,22 +273,6 @@ def _fsync_folder(path: str) -> None:
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some network filesystems have no such thing
             raise
-    finally:
-        os.close(descriptor)
-
-
-def _write_temporary(target: str, data: bytes) -> tuple[str, os.stat_result]:
-    """The path of a new, durable file beside `target`, and which file it is."""
-    path = os.path.join(os.path.dirname(target), TEMP_PREFIX + secrets.token_hex(8))
-    descriptor = _open_new(path, os.O_EXCL)
-    try:
-        write_full(descriptor, [memoryview(data)] if data else [], 0)
-        os.fsync(descriptor)
-        return path, os.fstat(descriptor)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(path)
-        raise
     finally:
         os.close(descriptor)
 
@@ -291,6 +307,13 @@ def _scan(folder: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
+
+
+def _remove_leftovers(folder: str) -> None:
+    for entry in _scan(folder):
+        if _is_leftover(entry):
+            with suppress(FileNotFoundError):
+                os.unlink(entry.path)
 
 
 def _is_leftover(entry: os.DirEntry[str]) -> bool:

@@ -202,6 +202,100 @@ def test_delete_syncs_the_folder_before_it_returns(local, fsyncs):
     assert fsyncs == ["folder"]
 
 
+@pytest.fixture
+def changes(monkeypatch, local) -> list[str]:
+    """What is synced or unlinked from now on, relative to the root."""
+    seen: list[str] = []
+    fsync, unlink = os.fsync, os.unlink
+
+    def seen_fsync(descriptor: int) -> None:
+        seen.append("fsync " + os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), local.root))
+        fsync(descriptor)
+
+    def seen_unlink(path: str) -> None:
+        seen.append("unlink " + os.path.relpath(path, local.root))
+        unlink(path)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "unlink", seen_unlink)
+    return seen
+
+
+def test_check_writable_syncs_the_names_of_a_root_that_somebody_else_made(local, changes):
+    """A killed run, say, that came no further; nobody else would."""
+    os.makedirs(local.root)
+    local.check_writable()
+    assert {"fsync ..", "fsync ../.."} <= set(changes)
+
+
+def test_a_folder_that_a_killed_writer_made_is_synced_when_it_gets_another(local, changes):
+    """Its name may not be durable yet, and what is committed in it would go with it."""
+    os.makedirs(os.path.join(local.root, "1"))
+    local.write_file("1/2/file", 3, iter([memoryview(b"abc")]))
+    assert changes == ["fsync .", "fsync 1", "fsync 1/2/file", "fsync 1/2"]
+
+
+def test_delete_syncs_the_folder_above_before_anything_is_gone(local, changes):
+    """A killed writer may have deleted a step's `.metadata` and not synced that: its data must not go before it."""
+    local.create("1/2/file", b"x")
+    changes.clear()
+    local.delete(["1/2/file"])
+    assert changes == ["fsync 1", "unlink 1/2/file", "fsync 1/2"]
+
+
+@contextmanager
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, *, which: Callable[[Any], bool], after: bool) -> Iterator[None]:
+    """The call of `os` fails with EIO where `which(its first argument)`, before or after it is done."""
+    real = getattr(os, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not which(args[0]):
+            return real(*args, **kwargs)
+        if after:
+            real(*args, **kwargs)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, call)
+        yield
+
+
+def is_folder(descriptor: int) -> bool:
+    return os.path.isdir(f"/proc/self/fd/{descriptor}")
+
+
+@pytest.mark.parametrize(("call", "after"), [("fsync", False), ("link", False), ("link", True)])
+def test_a_create_that_fails_leaves_nothing(local, monkeypatch, call, after):
+    """Also where the name was made already: the caller hears that it is not there."""
+    local.create("1/other", b"x")
+    which = is_folder if call == "fsync" else lambda path: True
+    with failing(monkeypatch, call, which=which, after=after), pytest.raises(OSError, match=r"create 1/file.*output"):
+        local.create("1/file", b"x")
+    assert os.listdir(f"{local.root}/1") == ["other"]
+
+
+def test_a_create_that_cannot_remove_its_temporary_name_has_succeeded(local, monkeypatch):
+    """That is never listed, and goes when it is old enough."""
+    with failing(monkeypatch, "unlink", which=lambda path: True, after=False):
+        local.create("1/file", b"x")
+    assert local.list_files() == {"1/file": 1}
+
+
+@pytest.mark.parametrize("verb", ["create", "replace"])
+def test_what_failed_first_is_what_is_said(local, monkeypatch, verb):
+    """Not that the temporary file could not be removed either."""
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with (
+        failing(monkeypatch, "unlink", which=lambda path: True, after=False),
+        pytest.raises(OSError, match=f"{verb} file.*No space left"),
+    ):
+        getattr(local, verb)("file", b"x")
+
+
 def test_delete_removes_emptied_folders_but_not_the_root(local):
     """Upwards as far as they are empty."""
     local.create("1/a/b/file", b"x")
@@ -238,13 +332,13 @@ def test_a_killed_create_leaves_a_file_that_is_not_listed_and_goes_with_its_fold
 
 
 def test_sweep_removes_what_a_killed_writer_left_in_folders(local):
-    """Empty folders, and half-made files that are old enough; not those of which it is told so."""
+    """Empty folders, and half-made files that are old enough, in the root too; not those of which it is told so."""
     local.create("1/file", b"x")
     for folder in ("1/a/b", "2", "mine"):
         os.makedirs(os.path.join(local.root, folder))
-    leftover = Path(local.root, "1", ".tmp-0123")
-    leftover.write_bytes(b"half")
-    os.utime(leftover, (time.time() - 7200,) * 2)
+    for leftover in (Path(local.root, "1", ".tmp-0123"), Path(local.root, ".tmp-4567")):
+        leftover.write_bytes(b"half")
+        os.utime(leftover, (time.time() - 7200,) * 2)
     local.sweep(lambda path: path != "mine")
     assert sorted(os.listdir(local.root)) == ["1", "mine"]
     assert os.listdir(Path(local.root, "1")) == ["file"]

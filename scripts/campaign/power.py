@@ -91,11 +91,11 @@ class _Campaign:
 
     def after_kill(self) -> Row:
         key = "power.after-kill"
+        moments = draws(self._seed, key, -1).sample(self._run.moments(), len(self._run.moments()))
 
         def attempt(number: int) -> Counter[Outcome]:
             """One killed run, one that goes on, and some moments of it."""
-            draw = draws(self._seed, key, number)
-            killed = draw.choice(self._run.moments())
+            draw, killed = draws(self._seed, key, number), moments[number % len(moments)]
             first = self._run.num_committed(killed)
             model = self._replayed(killed)
             with self._disk(model.found("all", draw)) as top:
@@ -103,11 +103,11 @@ class _Campaign:
             with noted(f"killed after {killed}, {self._run.operations[killed - 1]}"):
                 return self._check_moments(model, going_on, first, draw)
 
-        return Row(key, "killed, gone on, then power off", 3, 60, attempt)
+        return Row(key, "killed, gone on, then power off", 5, len(moments), attempt)
 
     def _check_moments(self, model: DiskModel, run: Run, first: int, draw: random.Random) -> Counter[Outcome]:
         outcomes = Counter[Outcome]()
-        ends = sorted(draw.sample(run.moments(), min(8, len(run.moments()))))
+        ends = draw.sample(run.moments(), min(NUM_DRAWN, len(run.moments())))
         for end, operation in enumerate(run.operations, start=1):
             model.apply(operation)
             if end in ends:
