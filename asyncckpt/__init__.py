@@ -36,6 +36,7 @@ General layout, in the order in which a save passes through it (each module impo
     arguments, writer, manager        what users pass in; the background thread; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
     testing                           what every storage must do, for our tests and yours
+    cli, __main__                     the command
 
 The package `stagers` copies state to host memory and knows nothing of this one. `integrations` (xla) stand last: each
 is imported by users alone, and may use all of the above.
