@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from asyncckpt.steps import MAX_NUMBER
+
 
 def check_arguments(
     save_interval: int,
@@ -39,8 +41,8 @@ def check_retry_timeout(retry_timeout: float) -> None:
 
 
 def check_step(step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be a whole number of 0 or more, got {step!r}")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_NUMBER:
+        raise ValueError(f"step must be a whole number of 0 or more, of at most 18 digits, got {step!r}")
 
 
 def json_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -27,7 +27,15 @@ from asyncckpt.read_items import read_items
 from asyncckpt.restore import OpenStep, Reserialising, open_step
 from asyncckpt.save import commit_step, make_manifest
 from asyncckpt.shard import write_items
-from asyncckpt.steps import DCP_METADATA, StepFiles, attempt_name, manifest_name, new_token, read_step_files
+from asyncckpt.steps import (
+    DCP_METADATA,
+    StepFiles,
+    attempt_name,
+    check_sequence,
+    manifest_name,
+    new_token,
+    read_step_files,
+)
 from asyncckpt.storage import Storage, open_storage
 from asyncckpt.version import __version__
 
@@ -107,7 +115,7 @@ class ShardWriter(_OneStep, StorageWriter):
                 "here overwrites. Save to another folder, or move that checkpoint away.",
                 url=self._storage.url,
             )
-        self._sequence = self._before.max_sequence() + 1
+        self._sequence = check_sequence(self._before.max_sequence() + 1)
         self._world_size = len(plans)
         attempt = attempt_name(self._sequence, new_token())
         return [replace(plan, storage_data=(rank, attempt)) for rank, plan in enumerate(plans)]

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
 
-from asyncckpt.steps import Listing, StepFiles
+from asyncckpt.steps import Listing, StepFiles, check_sequence
 
 
 class RunIndex:
@@ -54,7 +54,7 @@ class RunIndex:
 
     def take_sequence(self) -> int:
         with self._lock:
-            self._next_sequence += 1
+            self._next_sequence = check_sequence(self._next_sequence) + 1
             return self._next_sequence - 1
 
     def files_of(self, step: int) -> StepFiles:

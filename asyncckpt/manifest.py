@@ -62,6 +62,7 @@ _MEMBERS = {
     "head", "keys", "paths", "kinds", "chunks", "boxes", "layouts", "payload_crc32", "item_crc32", "block_crc32",
     "files", "dcp_metadata", "crc32",
 }  # fmt: skip
+_WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 _ATTEMPT = re.compile(r"([0-9]{8,18})-[0-9a-f]{16}\Z")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _NAMES_PER_CALL = 8192
@@ -153,7 +154,7 @@ def decode_manifest(data: bytes) -> Manifest:
         check_tiling(keys, placement.key, box, list(map(tuple, document["boxes"])), placement.layout, layouts)
         stock = document["dcp_metadata"]
         manifest = Manifest(head, keys, chunks, files, _natural(stock["size"]), _natural(stock["crc32"]))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as exc:
+    except _WRONG as exc:
         raise ManifestError(f"its structure is wrong: {type(exc).__name__}: {str(exc)[:500]}") from exc
     return manifest
 
@@ -176,7 +177,7 @@ def _finite(text: str) -> float:
 def _decode_head(document: Mapping[str, Any]) -> Head:
     head = dict(document["head"])
     made_by = head.pop("format"), head.pop("version")
-    if made_by != (FORMAT, VERSION):
+    if made_by != (FORMAT, VERSION) or type(made_by[1]) is not int:
         raise ValueError(f"format {made_by[0]!r} version {made_by[1]!r} is newer")
     if document.keys() != _MEMBERS:
         raise ValueError(f"it has the members {sorted(document)}")
@@ -299,7 +300,14 @@ def _line(placement: Placement) -> bytes:
 
 
 def decode_records(data: bytes, before: Placement | None = None) -> tuple[ChunkTable, list[FileRecord]]:
-    """before: of the same rank's last report, of which is kept what has not changed."""
+    """before: of the same rank's last report, of which is kept what has not changed. Raises ManifestError."""
+    try:
+        return _decode_records(data, before)
+    except _WRONG as exc:
+        raise ManifestError(f"a rank's report is wrong: {type(exc).__name__}: {str(exc)[:500]}") from exc
+
+
+def _decode_records(data: bytes, before: Placement | None) -> tuple[ChunkTable, list[FileRecord]]:
     line, rest = data.split(b"\n", 1)
     document = json.loads(rest)
     files = _decode_files(document["files"])

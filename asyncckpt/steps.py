@@ -12,14 +12,18 @@ import secrets
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
+from asyncckpt.errors import SaveError
+
 DCP_METADATA = ".metadata"
 DEAD_MARK = "dead"
 """The name of a file in an attempt's folder that tells its writer, if it lives after all: these data are going."""
-_STEP = r"(0|[1-9][0-9]*)"
+MAX_NUMBER = 10**18 - 1
+"""Of a step, and of a sequence number: more digits make no name of ours. The ranks tell each other int64s."""
+_STEP = r"(0|[1-9][0-9]{0,17})"
 _STEP_PATH = re.compile(rf"{_STEP}/(.+)\Z", re.DOTALL)
-_MANIFEST = re.compile(r"manifest-([0-9]+)\.json\Z")
-_HALF_MADE = re.compile(rf"{_STEP}(?:/([0-9]+)-[0-9a-f]+(?:/.+)?)?\Z", re.DOTALL)
-_ATTEMPT_FILE = re.compile(r"(([0-9]+)-[0-9a-f]+)/(.+)\Z", re.DOTALL)
+_MANIFEST = re.compile(r"manifest-([0-9]{8,18})\.json\Z")
+_HALF_MADE = re.compile(rf"{_STEP}(?:/([0-9]{1, 18})-[0-9a-f]+(/.+)?)?\Z", re.DOTALL)
+_ATTEMPT_FILE = re.compile(r"(([0-9]{1,18})-[0-9a-f]+)/(.+)\Z", re.DOTALL)
 
 
 def new_token() -> int:
@@ -30,6 +34,16 @@ def new_token() -> int:
 def attempt_name(sequence: int, token: int) -> str:
     """A data folder that nobody else has. Padded: names have one length and sort in commit order."""
     return f"{sequence:08d}-{token:016x}"
+
+
+def check_sequence(sequence: int) -> int:
+    """SaveError where there is no further number: somebody put a file with the largest one there."""
+    if sequence > MAX_NUMBER:
+        raise SaveError(
+            f"a file or folder there is named by the sequence number {sequence - 1}, and no larger one has a name. "
+            "Nothing was written. Remove it, or save under another path."
+        )
+    return sequence
 
 
 def manifest_name(sequence: int) -> str:
@@ -66,7 +80,7 @@ class StepFiles:
 
     def add(self, name: str, size: int) -> None:
         self.num_bytes += size
-        if found := _MANIFEST.match(name):
+        if (found := _MANIFEST.match(name)) and name == manifest_name(int(found[1])):
             self.manifests[int(found[1])] = name
         elif found := _ATTEMPT_FILE.match(name):
             self.attempts.setdefault(found[1], []).append(name)
@@ -74,11 +88,32 @@ class StepFiles:
             self.other.append(name)
 
     def in_deletion_order(self) -> list[list[str]]:
-        """All files in groups, each deleted before the next: a crash between leaves a partial step, never one that
-        lists as whole or reads as foreign."""
+        """All files of its saves in groups, each deleted before the next: a crash between leaves a partial step, never
+        one that lists as whole or reads as foreign. None of an attempt without a manifest: it may be another run's that
+        is just about to commit."""
         stock = [name for name in self.other if name == DCP_METADATA]
-        data = [name for names in self.attempts.values() for name in names]
+        data = [name for attempt in self.attempts if self._is_committed(attempt) for name in self.attempts[attempt]]
         return [sorted(self.manifests.values()), stock, data]
+
+    @property
+    def has_unfinished(self) -> bool:
+        return not all(map(self._is_committed, self.attempts))
+
+    def _is_committed(self, attempt: str) -> bool:
+        return attempt_sequence(attempt) in self.manifests
+
+    def beside(self, committed: str) -> list[str]:
+        """Files of other attempts with the number of the committed one: two runs took it, and one was refused."""
+        return [
+            name
+            for attempt, names in self.attempts.items()
+            if attempt != committed and attempt_sequence(attempt) == self.sequence
+            for name in names
+        ]
+
+    @property
+    def has_rivals(self) -> bool:
+        return sum(attempt_sequence(attempt) == self.sequence for attempt in self.attempts) > 1
 
     def unfinished(self, newest_committed: int) -> list[str]:
         """Attempts that never committed and, unless their writer was only slow, never will: their sequence number is
@@ -113,11 +148,14 @@ def is_attempt_of(attempt: str, sequence: int) -> bool:
 
 
 def may_be_swept(path: str, newest_committed: int) -> bool:
-    """Whether an empty folder, or an upload that nobody completed, can be of a killed writer alone: a step's folder, or
-    in it one of an attempt that is over. With the number of the newest committed one, too: no listing showed them, so
-    it may have been given twice."""
+    """Whether an empty folder, or an upload that nobody completed, can go: folders of steps and attempts, and uploads
+    of attempts that are over.
+
+    An empty folder that a live writer has just made is made again. An upload may go with the number of the newest
+    committed one, too: no listing showed it, so it may have been given twice.
+    """
     found = _HALF_MADE.match(path)
-    return found is not None and (found[2] is None or int(found[2]) <= newest_committed)
+    return found is not None and (found[3] is None or int(found[2]) <= newest_committed)
 
 
 def belongs_to(name: str, sequence: int) -> bool:
