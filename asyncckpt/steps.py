@@ -22,7 +22,7 @@ MAX_NUMBER = 10**18 - 1
 _STEP = r"(0|[1-9][0-9]{0,17})"
 _STEP_PATH = re.compile(rf"{_STEP}/(.+)\Z", re.DOTALL)
 _MANIFEST = re.compile(r"manifest-([0-9]{8,18})\.json\Z")
-_HALF_MADE = re.compile(rf"{_STEP}(?:/([0-9]{1, 18})-[0-9a-f]+(/.+)?)?\Z", re.DOTALL)
+_HALF_MADE = re.compile(rf"{_STEP}(?:/([0-9]{{1,18}})-[0-9a-f]+(/.+)?)?\Z", re.DOTALL)
 _ATTEMPT_FILE = re.compile(r"(([0-9]{1,18})-[0-9a-f]+)/(.+)\Z", re.DOTALL)
 
 
