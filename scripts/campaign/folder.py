@@ -28,9 +28,10 @@ from asyncckpt import local_file
 from asyncckpt.errors import CheckpointError
 from asyncckpt.events import Committed, Event, Failed
 from asyncckpt.storage import TEMP_PREFIX
+from scripts.campaign.fsspec_calls import PREFIX, numbered
 from scripts.campaign.row import Outcome, Row, draws, noted
 from scripts.campaign.syscalls import Disk, Fault, Operation
-from tests.faults.harness import KEPT, STEPS, Place, messages_of, open_manager, strays, survives
+from tests.faults.harness import KEPT, STEPS, Place, assert_survived, messages_of, open_manager, strays
 from tests.states import assert_same, target_like
 
 T = TypeVar("T")
@@ -42,8 +43,8 @@ VERBS = "write|write to|create|replace|read|list|delete at|sweep"
 
 @contextmanager
 def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
-    folder = _Campaign("folder", scratch, seed)
-    yield _folder_rows(folder)
+    folder, plain = _Campaign("folder", scratch, seed), _Campaign("folder.fsspec", scratch, seed, PREFIX)
+    yield [*_folder_rows(folder), *_fsspec_rows(plain)]
 
 
 def _folder_rows(folder: _Campaign) -> list[Row]:
@@ -70,6 +71,22 @@ def _folder_rows(folder: _Campaign) -> list[Row]:
     ]
 
 
+def _fsspec_rows(plain: _Campaign) -> list[Row]:
+    operations = plain.rehearsal.before_last
+    every = list(range(len(operations)))
+    writes = _numbers(operations, lambda operation: operation.name == "pipe_file")
+    changes = _numbers(operations, lambda operation: operation.name in ("pipe_file", "rm_file", "makedirs"))
+    return [
+        plain.row("kill", "fsspec: killed before a call", Fault("kill"), every, 6),
+        plain.row("kill-within", "fsspec: killed within a write", Fault("kill within"), writes, 6),
+        plain.row("fail-EIO", "fsspec: a call fails, EIO", Fault("fail", error=errno.EIO), every, 4),
+        plain.row("fail-EACCES", "fsspec: a call fails, EACCES", Fault("fail", error=errno.EACCES), every, 3),
+        plain.row("fail-after", "fsspec: a change is made but fails", Fault("fail after", error=errno.EIO), changes, 3),
+        plain.row("tear-full", "fsspec: part of a write, then ENOSPC", Fault("tear", error=errno.ENOSPC), writes, 3),
+        plain.row("tear-EIO", "fsspec: part of a write, then EIO", Fault("tear", error=errno.EIO), writes, 3),
+    ]
+
+
 @dataclass(frozen=True)
 class Done:
     """What a run told. committed: saves, in order. errors: that it raised. num_before_last: how many of its operations
@@ -88,7 +105,8 @@ class Done:
 class _Campaign:
     """Rows of faults in one kind of place."""
 
-    def __init__(self, name: str, scratch: Path, seed: int) -> None:
+    def __init__(self, name: str, scratch: Path, seed: int, prefix: str = "") -> None:
+        self._prefix = prefix
         self._name = name
         self._scratch = scratch
         self._seed = seed
@@ -117,7 +135,8 @@ class _Campaign:
         folder = self._scratch / name
         folder.mkdir()
         try:
-            yield Place(str(folder / "deep" / "run"), {}, NUM_ROWS, str(self._oracles))
+            url = f"{self._prefix}{folder}/deep/run"
+            yield Place(url, {}, NUM_ROWS, str(self._oracles), may_tear=bool(self._prefix))
         finally:
             shutil.rmtree(folder)
 
@@ -150,16 +169,25 @@ def _run_to_its_end(place: Place, fault: Fault | None) -> Done:
 
 
 def _check(place: Place, committed: list[int]) -> Outcome:
-    assert list(messages_of(survives, place, committed)) == [("survived", None)], "the check died"
+    assert list(messages_of(_survives, place, committed)) == [("survived", None)], "the check died"
     return "survived"
+
+
+def _survives(link: Connection, place: Place, committed: Sequence[int]) -> None:
+    """In a process of its own."""
+    logging.disable()
+    disk = Disk(place.url.removeprefix(PREFIX))
+    with numbered(disk):
+        assert_survived(place, committed)
+    link.send(("survived", None))
 
 
 def train(link: Connection, place: Place, fault: Fault | None) -> None:
     """The run, in a process of its own."""
     torch.set_num_threads(1)
     logging.disable()  # every failure is an event, too
-    disk = Disk(place.url, fault)
-    with pytest.MonkeyPatch.context() as patch, disk.installed():
+    disk = Disk(place.url.removeprefix(PREFIX), fault)
+    with pytest.MonkeyPatch.context() as patch, disk.installed(), numbered(disk):
         for name, size in SIZES.items():
             patch.setattr(local_file, name, size)
         _Run(link, place, disk).to_its_end()
@@ -237,7 +265,7 @@ class _Run:
 
     def _check(self, manager: Any) -> None:
         """What the run knows is what the disk has."""
-        on_disk = {int(path.parent.name) for path in Path(self._place.url).glob("*/manifest-*.json")}
+        on_disk = {int(path.parent.name) for path in Path(self._disk.root).glob("*/manifest-*.json")}
         assert manager.all_steps() == sorted(on_disk), (manager.all_steps(), on_disk)
         left = [path for path in strays(self._place, manager._storage, on_disk) if TEMP_PREFIX not in path]
         assert left == [], left

@@ -23,7 +23,9 @@ from asyncckpt import local_file, storage_local
 
 T = TypeVar("T")
 CHANGES = ("open", "mkdir", "pwritev", "ftruncate", "link", "replace", "rename", "unlink", "rmdir")
-Kind = Literal["kill", "kill after", "kill within", "fail", "fail after", "cut", "cut and fail", "remove", "delay"]
+Kind = Literal[
+    "kill", "kill after", "kill within", "fail", "fail after", "cut", "cut and fail", "tear", "remove", "delay"
+]
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Fault:
 
     kill: SIGKILL before it, after it, or when `fraction` of its bytes are written. fail: it raises `error`, an errno,
     before or after it was done. cut: it moves only `fraction` of its bytes, and says so; the next call may then fail
-    with `error`. remove: the folder that it works in is deleted before it. delay: it waits for `Disk.gate`, unless it
-    is of the main thread, which would open that.
+    with `error`. tear: it moves a part, and fails with `error`. remove: the folder that it works in is deleted before
+    it. delay: it waits for `Disk.gate`, unless it is of the main thread, which would open that.
     """
 
     kind: Kind
@@ -103,10 +105,12 @@ class Disk:
             raise
 
     def _break(self, fault: Fault, operation: Operation, run: Callable[[], T], part: Callable[[int], T] | None) -> T:
-        if fault.kind in ("cut", "cut and fail", "kill within") and part and operation.size > 1:
+        if fault.kind in ("cut", "cut and fail", "tear", "kill within") and part and operation.size > 1:
             done = part(max(1, int(operation.size * fault.fraction)))
             if fault.kind == "kill within":
                 die()
+            if fault.kind == "tear":
+                _fail(fault.error)
             return done
         if fault.kind == "kill":
             die()
@@ -114,7 +118,7 @@ class Disk:
             shutil.rmtree(os.path.join(self.root, os.path.dirname(operation.path)))
         if fault.kind == "delay" and threading.current_thread() is not threading.main_thread():
             assert self.gate.wait(60), "nobody opened the gate"
-        if fault.kind == "fail":
+        if fault.kind in ("fail", "tear"):
             _fail(fault.error)
         done = run()
         if fault.kind == "kill after":

@@ -323,12 +323,6 @@ def assert_survived(place: Place, committed: Sequence[int]) -> None:
             manager.verify(step)
 
 
-def survives(link: Connection, place: Place, committed: Sequence[int]) -> None:
-    """`assert_survived`, for a process of its own."""
-    assert_survived(place, committed)
-    link.send(("survived", None))
-
-
 def retained(num_commits: int) -> dict[int, int]:
     """{step: save} that retention holds after the first `num_commits` saves of the schedule."""
     return retained_of(range(num_commits))
