@@ -31,6 +31,7 @@ from asyncckpt.errors import (
     SaveError,
     StateMismatchError,
     StepNotFoundError,
+    UnsafeObjectError,
 )
 from asyncckpt.events import log_events
 from asyncckpt.index import RunIndex
@@ -677,12 +678,16 @@ class CheckpointManager:
 
     def _verify_share(self, step: int, opened: OpenStep) -> tuple[int, None]:
         """Every so-many-th file; (-1: another run saved the step anew, None)."""
+        except DamagedStepError as exc:
+            if not tries.changed:
+                raise
+            raise DamagedStepError(str(exc).replace(UNCHANGED, HALF_RESTORED)) from exc
         if opened.manifest is None:
             return 0, None
         files = data_files(opened, opened.manifest)[self._ranks.rank :: self._ranks.world_size]
         with self._reading(step):
             problems = list(file_problems(self._storage, opened, opened.manifest, files))
-        if problems and self._open(step).sequence != opened.sequence:
+        if problems and self._was_replaced(opened):
             return -1, None
         if problems:
             raise DamagedStepError(f"{'; '.join(problems)}. {UNCHANGED}", step=step, url=self.url)
@@ -693,7 +698,7 @@ class CheckpointManager:
         try:
             num_bytes = read(self._storage, restoring, self._ranks, read_once=self._read_once)
         except DamagedStepError as exc:
-            if isinstance(exc.__cause__, FileNotFoundError) and self._open(step).sequence != restoring.step.sequence:
+            if isinstance(exc.__cause__, FileNotFoundError) and self._was_replaced(restoring.step):
                 return -1, None
             raise DamagedStepError(f"{exc}. {HALF_RESTORED}", step=step, url=self.url) from exc
         except OSError as exc:
@@ -709,6 +714,8 @@ class CheckpointManager:
 
     def _open(self, step: int, index: Index | None = None) -> OpenStep:
         with self._reading(step):
+        except UnsafeObjectError as exc:
+            raise UnsafeObjectError(f"{exc} {HALF_RESTORED}", step=step, url=self.url) from exc
             return open_step(self._storage, str(step), index)
 
     @contextlib.contextmanager
@@ -720,6 +727,14 @@ class CheckpointManager:
             raise self._unknown(step) from exc
         except OSError as exc:
             raise RestoreError(
+    def _was_replaced(self, opened: OpenStep) -> bool:
+        """Whether another run has saved the step anew, and so deletes the files of this save."""
+        try:
+            now = open_step(self._storage, opened.folder, check_files=False)
+        except (CheckpointError, OSError):
+            return False
+        return now.manifest is not None and now.sequence != opened.sequence
+
                 f"step {step} at {self.url} cannot be read: {exc}. Nothing was changed.", step=step, url=self.url
             ) from exc
         except CheckpointError as exc:

@@ -158,6 +158,25 @@ def test_options_reach_the_filesystem_as_text_or_json(run: pathlib.Path, monkeyp
     assert given == [{**expected, "x": None}]
 
 
+@pytest.mark.s3
+def test_a_run_on_s3_is_verified_with_the_options_given(s3_url: str, s3_options: dict[str, Any]) -> None:
+    """And without them it is status 2, and no key is shown."""
+    with CheckpointManager(s3_url, storage_options=s3_options) as manager:
+        manager.save(1, state(1))
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in s3_options.items()}
+    options = [word for key, text in texts.items() for word in ("--storage-option", f"{key}={text}")]
+    assert ran(s3_url, "--json", *options).exit_code == 0
+    storage = open_storage(s3_url, s3_options)
+    path = next(path for path in storage.list_files("1") if path.endswith(".distcp"))
+    storage.replace(path, storage.read_file(path)[:-9])
+    done = ran(s3_url, *options)
+    assert done.exit_code == 1
+    assert f"{path} has" in done.output
+    done = ran(f"{s3_url}-none", *options)
+    assert done.exit_code == 2
+    assert s3_options["secret"] not in done.output
+
+
 def test_a_step_that_goes_meanwhile_is_no_failure(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run that goes on, and prunes."""
 

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
-from asyncckpt import CheckpointManager, DamagedStepError, Event, Restored, RestoreError, StateMismatchError, TrainState
+from asyncckpt import (
+    CheckpointManager,
+    DamagedStepError,
+    Event,
+    Restored,
+    RestoreError,
+    StateMismatchError,
+    TrainState,
+    UnsafeObjectError,
+)
 from asyncckpt.events import log_events
 from asyncckpt.testing import RecordingStorage
 from tests.exact import bits
@@ -140,6 +149,54 @@ def test_a_restore_that_finds_damage_on_its_way_says_that_the_state_is_no_good(r
     ):
         manager.restore(2, target)
     assert target["n"] == -1
+
+
+class Vanishing(RecordingStorage):
+    """Loses a step to another run's retention when it is first read."""
+
+    def __init__(self, inner: Any, run: pathlib.Path, step: int) -> None:
+        super().__init__(inner)
+        self._folder = run / str(step)
+
+    def read_into(self, path: str, *arguments: Any) -> None:
+        if path.startswith(f"{self._folder.name}/"):
+            for pattern in ("manifest-*", ".metadata", "*.distcp"):
+                for file in self._folder.rglob(pattern):
+                    file.unlink()
+        super().read_into(path, *arguments)
+
+
+def test_a_step_that_goes_while_it_is_read_leaves_no_lie(run: pathlib.Path) -> None:
+    """restore says that the state is no good, restore_latest takes the step before."""
+    target = state(-1)
+    with CheckpointManager(str(run)) as manager:
+        manager.save(3, state(3))
+        plain = manager._storage
+        for step in (3, 2):
+            manager._storage = Vanishing(plain, run, step)
+            if step == 3:
+                with pytest.raises(DamagedStepError, match="missing or too short") as raised:
+                    manager.restore(3, target)
+                assert "Nothing was changed" not in str(raised.value)
+                assert "may be half overwritten" in str(raised.value)
+            else:
+                assert manager.restore_latest(target) == 1
+    assert_same(state(1), target)
+
+
+class Point:
+    """weights_only does not load it."""
+
+
+def test_an_object_that_is_not_allowed_is_found_when_tensors_are_overwritten(tmp_path: pathlib.Path) -> None:
+    """And the error says so."""
+    with CheckpointManager(str(tmp_path), safe_globals=[Point]) as manager:
+        manager.save(1, {"w": torch.ones(3), "o": Point()})
+    with (
+        CheckpointManager(str(tmp_path)) as manager,
+        pytest.raises(UnsafeObjectError, match=r"'o' .*safe_globals.* may be half overwritten"),
+    ):
+        manager.restore(1, {"w": torch.zeros(3), "o": None})
 
 
 def test_a_step_that_is_gone_since_it_was_listed_is_passed_over(run: pathlib.Path) -> None:

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItemType
 
-from asyncckpt import CheckpointManager, DamagedStepError, Event, Restored, ShardWriter
+from asyncckpt import CheckpointManager, DamagedStepError, Event, Restored, ShardWriter, UnsafeObjectError
+from asyncckpt.dcp_metadata import unpickle_metadata
 from asyncckpt.manifest import Manifest, decode_manifest
 from asyncckpt.storage import Storage, open_storage
 from asyncckpt.verify import find_damage
@@ -46,6 +48,7 @@ def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
     with ExitStack() as stack:
         flips = [_flips(kind, stack.enter_context(kind.make(scratch / kind.name)), seed) for kind in KINDS]
         small = stack.enter_context(KINDS[0].make(scratch / "manifest"))
+        stock = StockStep(scratch / "stock")
         run = ThreeSteps.make(scratch / "files")
         s3 = OnS3(stack)
         yield [
@@ -54,6 +57,7 @@ def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
                 "damage-manifest", "a bit flipped in each byte of a manifest", 4, small.num_manifest_parts,
                 partial(flip_manifest, small, seed),
             ),
+            Row("damage-stock", "bits flipped, items of stock DCP", 2, 40, stock.attempt(seed)),
             Row(
                 "damage-files", "files cut, swapped, missing, stale", 2 * len(DAMAGES), 30 * len(DAMAGES),
                 run.attempt(seed),
@@ -276,6 +280,47 @@ def flip_manifest(saved: Saved, seed: int, number: int) -> Counter[Outcome]:
     draw, size = draws(seed, "damage-manifest", number), saved.manifest_path.stat().st_size
     parts = range(number * MANIFEST_BYTES % size, min(size, (number * MANIFEST_BYTES) % size + MANIFEST_BYTES))
     return Counter(saved.flip(saved.manifest_path, at, draw.randrange(8)) for at in parts)
+
+
+class StockStep:
+    """A step that torch.distributed.checkpoint saved: the CRC32s of its items' zips cover all but their directories."""
+
+    def __init__(self, path: Path) -> None:
+        self.state = _medium(1)
+        dcp.save(self.state, checkpoint_id=str(path / "1"))
+        self.storage, self.data = open_storage(str(path)), path / "1" / "__0_0.distcp"
+        self.manager = CheckpointManager(str(path), chkpt_on_preemption=False)
+
+    def attempt(self, seed: int) -> Callable[[int], Counter[Outcome]]:
+        whole = self.data.read_bytes()
+        metadata = unpickle_metadata((self.data.parent / ".metadata").read_bytes())
+        items = [(info.offset, info.length) for info in metadata.storage_data.values()]
+
+        def attempt(number: int) -> Counter[Outcome]:
+            draw, outcomes = draws(seed, "damage-stock", number), Counter[Outcome]()
+            for _ in range(FLIPS):
+                offset, length = draw.choice(items)
+                # Half of them into what is not payload.
+                at = offset + draw.choice(
+                    (draw.randrange(length), draw.randrange(700), length - draw.randrange(1, 700))
+                )
+                data = bytearray(whole)
+                data[at] ^= 1 << draw.randrange(8)
+                self.data.write_bytes(data)
+                outcomes[self._outcome(f"byte {at}")] += 1
+            self.data.write_bytes(whole)
+            return outcomes
+
+        return attempt
+
+    def _outcome(self, what: str) -> Outcome:
+        is_reported, target = _is_reported(self.storage, 1), target_like(self.state)
+        try:
+            self.manager.restore(1, target)
+        except (DamagedStepError, UnsafeObjectError):  # the latter: of an object's zip, where no CRC32 covers it
+            return "detected"
+        assert_same(self.state, target, what)
+        return "detected" if is_reported else "survived"
 
 
 # -- files
