@@ -665,6 +665,10 @@ class CheckpointManager:
             if not tries.walks:
                 raise
             raise DamagedStepError(f"step {step} at {self.url} was listed and is gone. {UNCHANGED}") from exc
+        except DamagedStepError as exc:
+            if not tries.changed:
+                raise
+            raise DamagedStepError(str(exc).replace(UNCHANGED, HALF_RESTORED)) from exc
         except StateMismatchError as exc:
             if not tries.changed:
                 raise
@@ -678,10 +682,6 @@ class CheckpointManager:
 
     def _verify_share(self, step: int, opened: OpenStep) -> tuple[int, None]:
         """Every so-many-th file; (-1: another run saved the step anew, None)."""
-        except DamagedStepError as exc:
-            if not tries.changed:
-                raise
-            raise DamagedStepError(str(exc).replace(UNCHANGED, HALF_RESTORED)) from exc
         if opened.manifest is None:
             return 0, None
         files = data_files(opened, opened.manifest)[self._ranks.rank :: self._ranks.world_size]
@@ -701,6 +701,8 @@ class CheckpointManager:
             if isinstance(exc.__cause__, FileNotFoundError) and self._was_replaced(restoring.step):
                 return -1, None
             raise DamagedStepError(f"{exc}. {HALF_RESTORED}", step=step, url=self.url) from exc
+        except UnsafeObjectError as exc:
+            raise UnsafeObjectError(f"{exc} {HALF_RESTORED}", step=step, url=self.url) from exc
         except OSError as exc:
             raise RestoreError(
                 f"step {step} at {self.url} cannot be read: {exc}. The state may be half overwritten: restore it again "
@@ -712,10 +714,16 @@ class CheckpointManager:
         take_restored(state, restoring.target)
         return num_bytes, None
 
+    def _was_replaced(self, opened: OpenStep) -> bool:
+        """Whether another run has saved the step anew, and so deletes the files of this save."""
+        try:
+            now = open_step(self._storage, opened.folder, check_files=False)
+        except (CheckpointError, OSError):
+            return False
+        return now.manifest is not None and now.sequence != opened.sequence
+
     def _open(self, step: int, index: Index | None = None) -> OpenStep:
         with self._reading(step):
-        except UnsafeObjectError as exc:
-            raise UnsafeObjectError(f"{exc} {HALF_RESTORED}", step=step, url=self.url) from exc
             return open_step(self._storage, str(step), index)
 
     @contextlib.contextmanager
@@ -727,14 +735,6 @@ class CheckpointManager:
             raise self._unknown(step) from exc
         except OSError as exc:
             raise RestoreError(
-    def _was_replaced(self, opened: OpenStep) -> bool:
-        """Whether another run has saved the step anew, and so deletes the files of this save."""
-        try:
-            now = open_step(self._storage, opened.folder, check_files=False)
-        except (CheckpointError, OSError):
-            return False
-        return now.manifest is not None and now.sequence != opened.sequence
-
                 f"step {step} at {self.url} cannot be read: {exc}. Nothing was changed.", step=step, url=self.url
             ) from exc
         except CheckpointError as exc:
