@@ -71,12 +71,13 @@ def guard_s3fs(filesystem: Any, retry_s: float) -> None:
 def guard_gcsfs(filesystem: Any, retry_s: float) -> None:
     request = type(filesystem)._request.__wrapped__  # without gcsfs's own six tries, the first of them after a second
 
-    async def send(method: str, *arguments: Any, **options: Any) -> Any:
-        limit_s = ANSWER_S + (_num_bytes(options.get("data")) or GCS_READ_BYTES) / MIN_RATE
+    async def send(method: str, path: str, *arguments: Any, **options: Any) -> Any:
+        num_bytes = GCS_READ_BYTES if "alt=media" in path else _num_bytes(options.get("data"))
+        limit_s = ANSWER_S + num_bytes / MIN_RATE
 
         async def once() -> Any:
             async with _within(limit_s, method):
-                return await request(filesystem, method, *arguments, **options)
+                return await request(filesystem, method, path, *arguments, **options)
 
         return await again_async(once, min(retry_s, CLEANING_S) if method == "DELETE" else retry_s)
 

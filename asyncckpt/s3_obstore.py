@@ -264,11 +264,15 @@ def _credentials(filesystem: Any, client: Any) -> Callable[[], dict[str, Any]]:
     def provide() -> dict[str, Any]:
         asked = asyncio.run_coroutine_threadsafe(credentials.get_frozen_credentials(), filesystem.loop)
         frozen = asked.result(CREDENTIALS_TIMEOUT_S)
+        later = datetime.now(UTC) + timedelta(seconds=CREDENTIALS_S)
+        expires_at = (
+            getattr(credentials, "_expiry_time", None) or later
+        )  # of what botocore renews; it has no other name
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": datetime.now(UTC) + timedelta(seconds=CREDENTIALS_S),
+            "expires_at": min(expires_at, later).astimezone(UTC),
         }
 
     return provide
