@@ -71,9 +71,11 @@ from asyncckpt.version import __version__
 from stagers import StagedSnapshot
 
 _COMMITTING = b"committing"
+SWEEP_EVERY = 10
+"""Saves. Where the answer to the begin of an upload is lost a client begins another, and knows nothing of the first."""
 _UNKNOWN = "may be saved or not (refresh() tells)"
-_ANSWER_LOST = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET)
-"""Errors after which the file that was to be written may be there all the same."""
+_ANSWER_LOST = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.EBUSY)
+"""Errors after which the file that was to be written may be there all the same: of this try, or of one before it."""
 
 
 Part: TypeAlias = tuple[ChunkTable, list[FileRecord]]
@@ -597,6 +599,8 @@ class Saver:
         self._delete_leftovers()
         if not self._is_tidy and self.ranks.is_coordinator:
             self._tidy(step, sequence)
+        elif self.ranks.is_coordinator and sequence % SWEEP_EVERY == 0:
+            self._sweep(step, sequence)
 
     def _tidy(self, step: int, sequence: int) -> None:
         """The step is committed, so every attempt with a lower number is over. By a listing of now: a run that was
@@ -623,6 +627,8 @@ class Saver:
     def _leftover(self, step: int, files: StepFiles, newest_committed: int, marked: set[str]) -> Leftover | None:
         """What is left over in a step's folder; of attempts without a manifest only those that were marked as dead
         before. The mark of one that was committed meanwhile goes, too."""
+        if len(files.manifests) > 1 and files.sequence != self.index.sequence_of(step):
+            return None  # another run has only just committed the newest, and takes it back if it did not know the other
         unfinished = files.unfinished(newest_committed)
         groups = files.leftovers(newest_committed, {*unfinished} - marked)
         if alive := [f"{name}/{DEAD_MARK}" for name in marked.difference(unfinished) if name in files.attempts]:
