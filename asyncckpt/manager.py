@@ -187,13 +187,22 @@ class CheckpointManager:
         self._is_requested = False
         self._is_writable = False
         self._is_closed = False
+        self._is_released = False
+        self._pid = os.getpid()
+        self._owner = threading.current_thread()
         _close_at_exit(self)
+        weakref.finalize(self, self._writer.end).atexit = False  # else the idle thread would stay
 
     def __repr__(self) -> str:
+        if os.getpid() != self._pid:
+            return f"<CheckpointManager {self.url} of process {self._pid}>"
         return f"<CheckpointManager {self.url} {len(self.all_steps())} steps, {self._writer!r}>"
 
     def __enter__(self) -> CheckpointManager:
         return self
+
+    def __getstate__(self) -> None:
+        raise TypeError(f"the CheckpointManager of {self.url} cannot be copied or sent to a process: make one there")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -474,6 +483,8 @@ class CheckpointManager:
 
     def join(self) -> None:
         """Wait until every save taken is committed. Raises what failed."""
+        self._check_process()
+        self._writer.check_may_wait()
         self._drain()
         self._writer.join()
         self._writer.raise_failures()
@@ -493,6 +504,7 @@ class CheckpointManager:
 
     def all_steps(self) -> list[int]:
         """The committed steps, sorted. No I/O: as of the constructor, `refresh()`, and this run's own commits."""
+        self._check_process()
         return self._index.all_steps()
 
     def latest_step(self) -> int | None:
@@ -501,6 +513,7 @@ class CheckpointManager:
 
     def refresh(self) -> None:
         """List the steps in storage again. A collective call; for jobs that follow another run."""
+        self._check_open()
         self._writer.join()
         self._ranks.step = _NO_STEP
         self._ranks.agree([], phase="refresh")
@@ -762,17 +775,23 @@ class CheckpointManager:
 
         A collective call. Raises what failed in the background, once. A rank that does not come in time, or died, is
         reported (events.Failed, phase "close") and not waited for any longer: what was committed is committed.
+        Ctrl-C ends the waiting and loses nothing: saves in flight go on, and a second `close`, or the end of the
+        process, waits for them. In a forked child it does nothing, and in the middle of a save (a signal handler) it
+        is a CheckpointError.
         """
         self._close(meet=True)
 
     def _close(self, *, meet: bool) -> None:
         """meet: wait for the other ranks, so that none ends the store while another still reads from it."""
-        if self._is_closed:
+        if self._is_released or os.getpid() != self._pid:
             return
+        self._writer.check_may_wait()
         self._is_closed = True
+        self._drain()
+        self._writer.close()
+        self._is_released = True
         try:
-            self._drain()
-            self._writer.close()
+            self._saver.look_again()
             if meet:
                 self._ranks.step = _NO_STEP
                 with contextlib.suppress(CheckpointError):  # one is gone: what was committed is committed
@@ -803,9 +822,36 @@ class CheckpointManager:
             error.step, error.url, error.rank = step, self.url, self._ranks.rank
         return error
 
+    def _close_at_exit(self) -> None:
+        """Whatever hangs must not keep the process from ending."""
+        if self._owner is not threading.main_thread() and not self._owner.daemon:
+            self._owner.join()  # Python waits for it, too, but only afterwards; it may still be saving
+        why = f"storage has done nothing for {self._ranks.timeout_s:g} s (timeout)"
+        try:
+            if self._writer.outlast(self._ranks.timeout_s):
+                self._close(meet=False)
+                return
+        except KeyboardInterrupt:
+            why = "Ctrl-C"
+        error = SaveError(
+            f"the process ends before all saves are committed at {self.url}: {why}. Committed steps are safe: "
+            f"{self.all_steps() or 'none'}",
+            url=self.url, rank=self._ranks.rank,
+        )  # fmt: skip
+        self._emit_now(events.Failed, self._last_step or 0, phase="exit", error=error)
+
     def _check_open(self) -> None:
+        self._check_process()
         if self._is_closed:
             raise ValueError(f"the CheckpointManager of {self.url} is closed; make a new one")
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise CheckpointError(
+                f"this process was forked from process {self._pid}, whose CheckpointManager of {self.url} this is: its "
+                "threads stayed there. Nothing was done. Make a manager of your own here, or leave it to that process.",
+                url=self.url,
+            )  # fmt: skip
 
     def _list_steps(self) -> None:
         """One listing, by the coordinator, told to all."""
@@ -869,11 +915,12 @@ def _close_at_exit(manager: CheckpointManager) -> None:
     def drain() -> None:
         if (alive := reference()) is not None and os.getpid() == pid:  # a forked child has no writer thread
             with contextlib.suppress(CheckpointError):  # it was an event; raised, it would keep others from draining
-                alive._close(meet=False)
+                alive._close_at_exit()
 
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
-        register(drain)
+        with contextlib.suppress(RuntimeError):  # the main thread is over already: Python waits for this one alone
+            register(drain)
 
 
 def _union(first: KeepPolicy | None, second: KeepPolicy | None) -> KeepPolicy | None:

@@ -212,7 +212,8 @@ def write_shard(
 ) -> tuple[ChunkTable, list[FileRecord]]:
     """The same for items whose places are known. objects: their items, in the order of `layout.object_rows`.
 
-    pause: called between regions of small tensors; may wait that long, so that a training loop gets its turn.
+    pause: called between regions of small tensors and views of large ones, as a sign of life; may wait that long, so
+        that a training loop gets its turn.
     """
     placement, files = layout.place([len(data) for data in objects])
     writing = _Writing(payloads, dict(zip(layout.object_rows, objects, strict=True)), regions, pause, len(placement))
@@ -286,6 +287,7 @@ class _Writing:
                 block = view[at : at + BLOCK_BYTES]
                 blocks.append(crc32(block))
                 payload.add(blocks[-1], len(block))
+            self._pause(0.0)
             yield view
         checksum.value = crc32_combine(checksum.value, payload.value, payload.num_bytes)
         self.crc32[row], self.item_crc32[row] = payload.value, frame.item_crc32(payload.value)

@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias, TypeVar
 
+from asyncckpt.errors import CheckpointError
+
 T = TypeVar("T")
 Rest: TypeAlias = Callable[[], None]
 Job: TypeAlias = Callable[[], Rest]
@@ -35,6 +37,8 @@ class BackgroundWriter:
         self._num_pending = 0
         self._num_resting = 0  # over, but for what they left to be done
         self._num_waiting = 0  # calls of the training thread that cannot go on
+        self._holder: int | None = None  # the thread that has a place and has not submitted
+        self._num_signs = 0  # of life
         self._failures: deque[BaseException] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -54,17 +58,20 @@ class BackgroundWriter:
         with self._lock:
             self._wait_for(lambda: self._num_pending < self._max_pending)
             self._num_pending += 1
+            self._holder = threading.get_ident()
         return time.perf_counter() - started
 
     def release(self) -> None:
         """Give back a place that was taken for a save that came to nothing."""
         with self._lock:
+            self._holder = None
             self._num_pending -= 1
             self._changed.notify_all()
 
     def submit(self, job: Job) -> None:
         """Queue a job in the place that `acquire` took. What it raises is raised by `raise_failures`."""
         with self._lock:
+            self._holder = None
             self._jobs.append(job)
             if self._thread is None:  # daemon: a job that hangs must not keep the process from ending
                 self._thread = threading.Thread(target=self._run, name="asyncckpt-writer", daemon=True)
@@ -84,6 +91,7 @@ class BackgroundWriter:
     def pause(self, seconds: float) -> None:
         """For a job, on its thread: leave the processor to the training loop, unless that waits for the job."""
         with self._lock:
+            self._num_signs += 1
             self._changed.wait_for(lambda: self._num_waiting, seconds)
 
     def keep_failure(self, failure: BaseException) -> None:
@@ -106,15 +114,39 @@ class BackgroundWriter:
                 failures[0].add_note(f"Another save failed too: {other}")
             raise failures[0]
 
+    def check_may_wait(self) -> None:
+        """CheckpointError in the middle of a save on this thread, which would wait for itself."""
+        with self._lock:
+            if self._holder == threading.get_ident():
+                raise CheckpointError(
+                    "close() or join() was called in the middle of a save, by a signal handler or by the state dict. "
+                    "Nothing was done, and the save goes on. Set a flag there, and close when the save has returned."
+                )
+
     def close(self) -> None:
         """Finish what is pending and end the thread; idempotent. Failures stay for `raise_failures`."""
         self.join()
-        with self._lock:
-            self._closing = True
-            thread, self._thread = self._thread, None
-            self._changed.notify_all()
+        thread = self._thread
+        self.end()
         if thread is not None:
             thread.join()
+
+    def end(self) -> None:
+        """Let the thread end when nothing is pending. Does not wait."""
+        with self._lock:
+            self._closing = True
+            self._thread = None
+            self._changed.notify_all()
+
+    def outlast(self, patience_s: float) -> bool:
+        """`join`, for as long as work shows a sign of life every `patience_s`. False: it did not."""
+        while True:
+            before = self._num_signs
+            with self._lock:
+                if self._wait_for(lambda: not self._num_pending and not self._num_resting, patience_s):
+                    return True
+                if self._num_signs == before:
+                    return False
 
     def _wait_for(self, is_reached: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """On the training thread, under the condition."""
@@ -135,6 +167,7 @@ class BackgroundWriter:
             rest = self._attempt(job)
             del job  # it holds the staged copy
             with self._lock:
+                self._num_signs += 1
                 self._num_pending -= 1
                 self._num_resting += 1
                 self._changed.notify_all()
