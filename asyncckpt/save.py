@@ -516,15 +516,17 @@ class Saver:
         if self.keep is None:
             return []
         try:
-            steps, unreadable = self._by_commit(self.keep)
-            return prunable(steps, self.keep, protected=self.index.protected() | unreadable, now_s=time.time())
+            steps = self._by_commit(self.keep)
+            return prunable(steps, self.keep, protected=self.index.protected(), now_s=time.time())
         except Exception as exc:  # a user's policy failed: the checkpoint is whole all the same
             self._emit(events.Failed, newest, phase="prune", error=exc)
             return []
 
-    def _by_commit(self, keep: KeepPolicy) -> tuple[list[CommittedStep], set[int]]:
-        """All steps in order of commit, and those whose manifest does not read: nothing deletes a damaged step."""
-        steps, unreadable, reads = [], set(), needs_metadata(keep)
+    def _by_commit(self, keep: KeepPolicy) -> list[CommittedStep]:
+        """All steps in order of commit, but those whose manifest does not read: nothing deletes a damaged step, and none
+        counts as one to keep. Read are those of earlier runs, where the policy asks for more than numbers, or where a
+        killed writer may have left half a manifest, as files are not created in one go."""
+        steps, reads = [], needs_metadata(keep) or not self._is_guarded
         known, self._known = self._known, {}
         for step, sequence in self.index.by_commit():
             committed = known.get(step)
@@ -534,11 +536,10 @@ class Saver:
                     try:
                         committed = self._read_committed(committed)
                     except (CheckpointError, OSError):
-                        unreadable.add(step)
-            if step not in unreadable:
-                self._known[step] = committed
+                        continue
+            self._known[step] = committed
             steps.append(committed)
-        return steps, unreadable
+        return steps
 
     def _read_committed(self, committed: CommittedStep) -> CommittedStep:
         step = committed.step
@@ -628,7 +629,9 @@ class Saver:
         """What is left over in a step's folder; of attempts without a manifest only those that were marked as dead
         before. The mark of one that was committed meanwhile goes, too."""
         if len(files.manifests) > 1 and files.sequence != self.index.sequence_of(step):
-            return None  # another run has only just committed the newest, and takes it back if it did not know the other
+            return (
+                None  # another run has only just committed the newest, and takes it back if it did not know the other
+            )
         unfinished = files.unfinished(newest_committed)
         groups = files.leftovers(newest_committed, {*unfinished} - marked)
         if alive := [f"{name}/{DEAD_MARK}" for name in marked.difference(unfinished) if name in files.attempts]:

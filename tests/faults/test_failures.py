@@ -37,7 +37,8 @@ from asyncckpt import (
     WriteError,
     Written,
 )
-from asyncckpt.storage import Storage
+from asyncckpt.steps import manifest_name
+from asyncckpt.storage import Storage, open_storage
 from asyncckpt.testing import FaultyStorage, GatedStorage, RecordingStorage
 from stagers import BlockingAsyncStager, StagingError
 from tests.faults.harness import TIMEOUT_S, Place, open_manager, strays
@@ -568,6 +569,30 @@ def test_a_keep_policy_that_raises_keeps_everything(tmp_path: Path) -> None:
             manager.save(step, state(step))
         assert manager.all_steps() == [1, 2]
     assert [event.phase for event in seen if isinstance(event, Failed)] == ["prune", "prune"]
+
+
+def test_a_step_with_half_a_manifest_is_none_of_those_to_keep(memory_url: str) -> None:
+    """A killed writer leaves that where a file is not created in one go: whole steps stay, as many as asked."""
+
+    class Unguarded(RecordingStorage):
+        def is_create_exclusive(self) -> bool:
+            return False
+
+    place = Place(memory_url, {})
+    with open_manager(place, Unguarded, max_to_keep=2) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, state(step))
+    manifest = f"3/{manifest_name(3)}"
+    storage = open_storage(memory_url)
+    storage.replace(manifest, storage.read_file(manifest)[:100])
+    with open_manager(place, Unguarded, max_to_keep=2) as manager:
+        manager.save(4, state(4))
+        manager.join()
+        assert manager.all_steps() == [2, 3, 4]
+        assert_same(state(2), restored(manager, 2))
+        manager.save(5, state(5))
+        manager.join()
+        assert manager.all_steps() == [3, 4, 5]
 
 
 def test_a_save_that_an_ending_process_still_commits_is_kept(any_url: tuple[str, dict[str, Any]]) -> None:
