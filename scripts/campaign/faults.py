@@ -19,7 +19,8 @@ from typing import Any
 
 from asyncckpt import CheckpointManager, SaveError, client_requests, s3_settings
 from asyncckpt.events import Event, Failed
-from scripts.campaign.leaks import NUM_SAVES, Leaks, proxy_process
+from scripts.campaign.breaking_proxy import breaking_proxy
+from scripts.campaign.leaks import NUM_SAVES, Leaks
 from scripts.campaign.row import Outcome, Row, draws
 from tests.faults.harness import S3_PART_BYTES, Place, state_of, strays
 from tests.s3 import MIB, Fault, GcsProxy, Request, S3Proxy
@@ -98,7 +99,7 @@ def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
     client_requests.MIN_RATE, client_requests.GCS_READ_BYTES = 4 * MIB, 4 * MIB
     with ExitStack() as stack:
         s3, gs = stack.enter_context(best_s3_server()), stack.enter_context(GcsEmulator())
-        endpoint, rate = stack.enter_context(proxy_process(s3.endpoint, seed))
+        endpoint, rate = stack.enter_context(breaking_proxy(s3.endpoint, seed))
         for server in (s3, gs):
             server.make_bucket(BUCKET)
         ways = (Way("s3", s3), Way("s3fs", s3, "fsspec"), Way("gs", gs))

@@ -1,19 +1,17 @@
 """What does not come back when saves fail: one manager saves on and on under faults of all kinds mixed.
 
-The proxy that breaks requests runs in a process of its own, so that nothing of it counts here. Called by faults.py.
+The proxy that breaks requests runs in another process, so that nothing of it counts here. Called by faults.py.
 """
 
 from __future__ import annotations
 
 import errno
 import gc
-import multiprocessing
 import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,7 @@ from asyncckpt.testing import Call, RecordingStorage
 from scripts.benchmarks.process import give_back_free_memory, own_bytes
 from scripts.campaign.row import Outcome, draws
 from tests.faults.harness import Place, state_of, strays
-from tests.s3 import MIB, Request, S3Proxy
+from tests.s3 import MIB
 from tests.states import assert_same, target_like
 
 WARM_UP, NUM_SAVES = 5, 50
@@ -34,34 +32,6 @@ RATE = 0.05  # of requests that the proxy breaks, of calls of storage that raise
 SPARE_BYTES = 48 * MIB
 # aiohttp, obstore and fsspec keep connections and threads for later, never more than they had in flight.
 SPARE_DESCRIPTORS = SPARE_THREADS = 24
-
-
-@contextmanager
-def proxy_process(endpoint: str, seed: int) -> Iterator[tuple[str, Any]]:
-    """(its endpoint, the rate at which it breaks requests, which is nil at first). Before this process has threads."""
-    context = multiprocessing.get_context("fork")
-    rate, (here, there) = context.Value("d", 0.0), context.Pipe()
-    child = context.Process(target=_serve, args=(endpoint, seed, rate, there), daemon=True)
-    child.start()
-    try:
-        yield here.recv(), rate
-    finally:
-        here.close()
-        child.kill()
-        child.join()
-
-
-def _serve(endpoint: str, seed: int, rate: Any, link: Any) -> None:
-    draw = random.Random(seed)
-
-    def fault(request: Request) -> Any:
-        kinds = ("503", "500", "reset", "drop", "cut", "half")
-        return draw.choice(kinds) if draw.random() < rate.value else ""
-
-    with S3Proxy(endpoint, fault) as proxy:
-        link.send(proxy.endpoint)
-        with suppress(EOFError):
-            link.recv()
 
 
 class FailingStorage(RecordingStorage):
