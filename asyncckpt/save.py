@@ -523,7 +523,7 @@ class Saver:
             return []
 
     def _by_commit(self, keep: KeepPolicy) -> list[CommittedStep]:
-        """All steps in order of commit, but those whose manifest does not read: nothing deletes a damaged step, and none
+        """All steps in order of commit, but those whose manifest does not read: nothing deletes a damaged one, and none
         counts as one to keep. Read are those of earlier runs, where the policy asks for more than numbers, or where a
         killed writer may have left half a manifest, as files are not created in one go."""
         steps, reads = [], needs_metadata(keep) or not self._is_guarded
