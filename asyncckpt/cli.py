@@ -109,7 +109,7 @@ def _open(url: str, options: list[str]) -> Storage:
     try:
         return open_storage(url, {key: _value(text) for key, _, text in pairs})
     except (ValueError, TypeError, ImportError, OSError) as exc:
-        _fail(f"{exc}")
+        _fail(redact(f"{redact(url)} cannot be opened: {exc}"))
 
 
 def _value(text: str) -> Any:
@@ -181,7 +181,7 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def _print(url: str, results: list[StepResult]) -> None:
-    console = Console()
+    console = Console(markup=False, highlight=False)  # a path may hold brackets
     table = Table(title=url, title_justify="left")
     for heading in ("step", "files", "bytes", "rate"):
         table.add_column(heading, justify="right")
@@ -192,14 +192,14 @@ def _print(url: str, results: list[StepResult]) -> None:
         told = row.result if row.kind == "committed" else f"{row.result} ({row.kind})"
         style = "bold red" if row.result in ("damaged", "unreadable") else ""
         table.add_row(str(row.step), *(read if row.files else ("", "", "")), row.checksums, told, style=style)
-    console.print(table, markup=False)
+    console.print(table)
     for row in results:
         if row.checksums == "none":
             console.print(
                 f"step {row.step}: some of it carries no checksums and was only found to be there", style="yellow"
             )
         for problem in row.problems:
-            console.print(f"step {row.step}: {problem}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"step {row.step}: {problem}", soft_wrap=True)
 
 
 def _fail(message: str, status: int = FAILED) -> NoReturn:

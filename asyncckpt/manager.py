@@ -719,7 +719,7 @@ class CheckpointManager:
         except OSError as exc:
             raise RestoreError(
                 f"step {step} at {self.url} cannot be read: {exc}. The state may be half overwritten: restore it again "
-                "before training on.",
+                "before training on, or another step if it stays so.",
                 step=step, url=self.url,
             ) from exc  # fmt: skip
         if num_bytes is None:  # its error comes with the agreement

@@ -238,7 +238,7 @@ class Restoring:
     @property
     def overwrites(self) -> set[str]:
         """The keys of the target that reading changes."""
-        return self.leaves.keys() & set(self.step.keys.fqns)
+        return {fqn for fqn in self.leaves if fqn in self.step.keys}
 
     @property
     def checksums(self) -> str:

@@ -78,7 +78,9 @@ def test_a_whole_run_is_a_table_and_status_0(run: pathlib.Path) -> None:
 
 
 def test_damage_is_named_and_status_1(run: pathlib.Path) -> None:
-    """In the other steps it goes on."""
+    """In the other steps it goes on; and a path may hold what rich takes for markup."""
+    (run.parent / "r[").mkdir()
+    run = run.rename(run.parent / "r[" / "]")
     damage(run, 2)
     done = ran(str(run))
     assert done.exit_code == 1
