@@ -567,7 +567,7 @@ class Saver:
             elif leftover.mend and current is not None:
                 mend_step(self.storage, str(leftover.step), leftover.stock, leftover.sequence)
             over = [[name for name in group if current is None or not belongs_to(name, current)] for group in groups]
-            for group in [*over, leftover.refused]:
+            for group in filter(None, [*over, leftover.refused]):
                 self.storage.delete([f"{leftover.step}/{name}" for name in group])
         except DamagedStepError:
             return True  # nothing mends a damaged step, and its older save may be all there is

@@ -173,6 +173,7 @@ class BackgroundWriter:
                 self._changed.notify_all()
             if rest is not None:
                 self._attempt(rest)
+            del rest  # it holds the manager
             with self._lock:
                 self._num_resting -= 1
                 self._changed.notify_all()
