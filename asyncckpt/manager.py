@@ -94,6 +94,11 @@ class CheckpointManager:
     and later every `save`, `save_async` and `restore`, with the same steps. All methods belong to the thread that made
     the manager. It holds page-locked (or pageable) host memory of one state per save in flight.
 
+    One run at a time writes to a path; any number may read. A second one that writes by mistake overwrites and deletes
+    nothing that the other commits, but for steps that its own retention drops: one of two that save a step gets a
+    CommitError, and may go on after `refresh()`. A child of fork() must make its own manager. A process that ends
+    without `close` finishes the saves in flight, for as long as storage does something every `timeout` seconds.
+
     path: a folder or any fsspec URL (`s3://`, `gs://`, `memory://`, ...); made when the first step is saved.
     save_interval: steps between saves; step 0 counts. save_policy: replaces it; see policy.py.
     max_to_keep: whole steps to keep, by order of commit; 0 keeps all. keep: a policy whose steps are kept as well.
@@ -677,7 +682,10 @@ class CheckpointManager:
         except StepNotFoundError as exc:
             if not tries.walks:
                 raise
-            raise DamagedStepError(f"step {step} at {self.url} was listed and is gone. {UNCHANGED}") from exc
+            raise DamagedStepError(
+                f"step {step} at {self.url} was listed and is gone; if another run drops steps there, refresh() lists "
+                f"them anew. {UNCHANGED}"
+            ) from exc
         except DamagedStepError as exc:
             if not tries.changed:
                 raise
@@ -730,7 +738,7 @@ class CheckpointManager:
     def _was_replaced(self, opened: OpenStep) -> bool:
         """Whether another run has saved the step anew, and so deletes the files of this save."""
         try:
-            now = open_step(self._storage, opened.folder, check_files=False)
+            now = open_step(self._storage, opened.folder)
         except (CheckpointError, OSError):
             return False
         return now.manifest is not None and now.sequence != opened.sequence
