@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.campaign.object_client import PART_BYTES, Told, check, listen, run, start, write_oracle
+from scripts.campaign.object_client import PART_BYTES, SCHEDULE, Told, check, listen, run, start, write_oracle
 from scripts.campaign.row import Outcome, Row, draws
-from tests.faults.harness import SCHEDULE, Place
+from tests.faults.harness import Place
 from tests.s3 import Fault, GcsProxy, Request, S3Proxy
 from tests.servers import GcsEmulator, RadosGateway, Server
 
@@ -54,9 +54,9 @@ class Way:
 
 
 WAYS = (
-    Way("s3", "S3", "obstore", PART_BYTES, 24),
-    Way("s3fs", "S3 by s3fs", "fsspec", PART_BYTES, 22),
-    Way("gs", "GCS", "auto", 0, 16),
+    Way("s3", "S3", "obstore", PART_BYTES, 20),
+    Way("s3fs", "S3 by s3fs", "fsspec", PART_BYTES, 20),
+    Way("gs", "GCS", "auto", 0, 19),
 )
 
 

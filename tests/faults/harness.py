@@ -373,7 +373,8 @@ def strays(place: Place, storage: Storage, steps: Iterable[int]) -> list[str]:
     found = []
     for step in {path.split("/")[0] for path in files}:
         names = sorted(path for path in files if path.split("/")[0] == step)
-        whole = rf"{step}/\.metadata {step}/(\d+)-[0-9a-f]+/__0_0\.distcp {step}/manifest-\1\.json"
+        data = rf"{step}/(\d+)-([0-9a-f]+)/__0_0\.distcp(?: {step}/\1-\2/__\d+_\d+\.distcp)*"  # of all ranks
+        whole = rf"{step}/\.metadata {data} {step}/manifest-\1\.json"
         if step not in map(str, steps) or not re.fullmatch(whole, " ".join(names)):
             found += names
     if place.url.startswith("s3://"):
