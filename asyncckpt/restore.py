@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.tensor import DTensor
 
 from asyncckpt.boxes import PLAIN
-from asyncckpt.chunks import Chunk, Key, Keys, keys_of
+from asyncckpt.chunks import Chunk, Key, Keys, Placement, keys_of
 from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
 from asyncckpt.errors import DamagedStepError, RestoreError, StateMismatchError, StepNotFoundError
 from asyncckpt.framing import encode_object
@@ -52,12 +52,14 @@ HALF_RESTORED = "The state may be half overwritten: restore a whole step into it
 @dataclass(frozen=True, eq=False)
 class OpenStep:
     """A step ready to be read. folder: below the storage's root, "" for the root itself. data_folder: what the files'
-    names are relative to. manifest: None if foreign. keys: of the whole step."""
+    names are relative to. manifest: None if foreign. keys: of the whole step. lacking: {key: the file that it needs
+    and that is missing or cut}."""
 
     folder: str
     data_folder: str
     manifest: Manifest | None
     keys: Keys
+    lacking: Mapping[str, str] = field(default_factory=dict)
     _foreign: Metadata | None = None
 
     @cached_property
@@ -113,28 +115,24 @@ class Index(NamedTuple):
     sizes: Mapping[str, int]
 
 
-def open_step(storage: Storage, folder: str, index: Index | None = None, *, check_files: bool = True) -> OpenStep:
+def open_step(storage: Storage, folder: str, index: Index | None = None) -> OpenStep:
     """Open the newest committed save of a step folder, or the foreign checkpoint in it.
 
-    index: what `read_index` gave another rank; None: it is read here. check_files: that all of them are there in their
-    length. Raises StepNotFoundError (nothing whole is there), DamagedStepError.
+    index: what `read_index` gave another rank; None: it is read here. Raises StepNotFoundError (nothing whole is
+    there), DamagedStepError.
     """
-    before: tuple[str, list[str]] | None = None
+    before: tuple[str, dict[int, str]] | None = None
     found = index or read_index(storage, folder)
     while found is not None:
         manifest = _decode(storage, folder, found.path, found.data)
-        wrong = _wrong_files(folder, manifest, found.sizes) if check_files else []
-        if not wrong:
-            return OpenStep(folder, join(folder, manifest.head.attempt), manifest, Keys.of(manifest.keys))
+        wrong = _wrong_files(folder, manifest, found.sizes)
         # A listing is of no single moment, and the step may be saved again during it: damage is what stays.
-        if before == (found.path, wrong):
-            named = "; ".join(wrong[:8]) + ("; ..." if len(wrong) > 8 else "")
-            raise DamagedStepError(
-                f"the checkpoint at {join(storage.url, folder)} is damaged, {len(wrong)} of {len(manifest.files)} "
-                f"files are missing or of another length: {named}. {UNCHANGED}"
-            )
+        if not wrong or before == (found.path, wrong):
+            keys = Keys.of(manifest.keys)
+            lacking = _keys_in(wrong, manifest.chunks.placement)
+            return OpenStep(folder, join(folder, manifest.head.attempt), manifest, keys, lacking)
         before, found = (found.path, wrong), read_index(storage, folder)
-    return _open_foreign(storage, folder, check_files)
+    return _open_foreign(storage, folder)
 
 
 def read_index(storage: Storage, folder: str) -> Index | None:
@@ -176,18 +174,26 @@ def _check_place(head: Head, folder: str, path: str) -> None:
         raise ManifestError(f"it is of step {head.step}, and was copied or moved from there; ShardReader reads it")
 
 
-def _wrong_files(folder: str, manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
-    found: list[str] = []
-    for file in manifest.files:
+def _wrong_files(folder: str, manifest: Manifest, sizes: Mapping[str, int]) -> dict[int, str]:
+    """{number of a file: what is wrong with it, by a listing}"""
+    found: dict[int, str] = {}
+    for number, file in enumerate(manifest.files):
         path = join(folder, f"{manifest.head.attempt}/{file.name}")
         if path not in sizes:
-            found.append(f"{path} is missing")
+            found[number] = f"{path} is missing"
         elif sizes[path] != file.size:
-            found.append(f"{path} has {sizes[path]} bytes, the manifest says {file.size}")
+            found[number] = f"{path} has {sizes[path]} bytes, the manifest says {file.size}"
     return found
 
 
-def _open_foreign(storage: Storage, folder: str, check_files: bool) -> OpenStep:
+def _keys_in(wrong: Mapping[int, str], place: Placement) -> dict[str, str]:
+    if not wrong:
+        return {}
+    numbers = np.flatnonzero(np.isin(place.file, list(wrong))).tolist()
+    return {place.key_of(number): wrong[int(place.file[number])] for number in numbers}
+
+
+def _open_foreign(storage: Storage, folder: str) -> OpenStep:
     sizes = storage.list_files(folder)
     files = read_step_files(_below(sizes, folder))
     if not files.is_foreign or DCP_METADATA not in files.other:
@@ -198,19 +204,20 @@ def _open_foreign(storage: Storage, folder: str, check_files: bool) -> OpenStep:
         metadata = unpickle_metadata(storage.read_file(path))
     except ValueError as exc:
         raise DamagedStepError(f"{path} at {storage.url} is damaged: {exc}. Nothing was changed.") from exc
+    lacking: dict[str, str] = {}
     for index, info in metadata.storage_data.items():
         if not isinstance(info, _StorageInfo) or info.transform_descriptors:
             raise DamagedStepError(
                 f"{path} at {storage.url}: {index.fqn!r} was stored through {info}, which only the writer of this "
                 "checkpoint can read. Load it with torch.distributed.checkpoint.load and save it again."
             )
-        if check_files and not is_inside(info, join(folder, info.relative_path), sizes):
-            raise DamagedStepError(
-                f"the checkpoint at {join(storage.url, folder)} is damaged: {info.relative_path} should hold "
-                f"{index.fqn!r} at offset {info.offset}, {info.length} bytes, and has "
-                f"{sizes.get(join(folder, info.relative_path), 'none at all')}. {UNCHANGED}"
+        file = join(folder, info.relative_path)
+        if not is_inside(info, file, sizes):
+            lacking[index.fqn] = (
+                f"{file} should hold {index.fqn!r} at offset {info.offset}, {info.length} bytes, and has "
+                f"{sizes.get(file, 'none at all')}"
             )
-    return OpenStep(folder, folder, None, keys_of(metadata), metadata)
+    return OpenStep(folder, folder, None, keys_of(metadata), lacking, metadata)
 
 
 def is_inside(info: _StorageInfo, path: str, sizes: Mapping[str, int]) -> bool:
@@ -267,10 +274,15 @@ def prepare(
 ) -> Restoring:
     """Compare a step with a nested state dict to read it into, and plan. Reads nothing, changes nothing.
 
-    load_planner: a user's; it alone then decides about missing keys. Raises StateMismatchError.
+    load_planner: a user's; it alone then decides about missing keys. Raises StateMismatchError; DamagedStepError: a
+    file that holds what the target asks for is missing or cut.
     """
     targets = leaves(target, objects_of(step._foreign))
-    compare(targets, step.keys, f"the checkpoint at {join(storage.url, step.folder)}", load_planner is None)
+    where = f"the checkpoint at {join(storage.url, step.folder)}"
+    compare(targets, step.keys, where, load_planner is None)
+    if lost := list(dict.fromkeys(what for key, what in step.lacking.items() if key in targets)):
+        named = "; ".join(lost[:8]) + ("; ..." if len(lost) > 8 else "")
+        raise DamagedStepError(f"{where} is damaged: {named}. {UNCHANGED}", url=storage.url)
     whole, planned = None, None
     if load_planner is not None:
         planner = copy.copy(load_planner)

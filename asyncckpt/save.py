@@ -707,7 +707,8 @@ def create_manifest(storage: Storage, folder: str, manifest: Manifest, *, has_st
 
 
 def mend_step(storage: Storage, folder: str, stock: bytes | None = None, sequence: int | None = None) -> None:
-    """Write the `.metadata` that belongs to a step's newest manifest. DamagedStepError: that does not read.
+    """Write the `.metadata` that belongs to a step's newest manifest. DamagedStepError: that does not read, or a file
+    that it names is missing or cut.
 
     stock: the `.metadata` of the save `sequence`; None: made here. Looks afterwards, as another run may have saved or
     dropped the step meanwhile: the last to write is right in the end.
@@ -718,6 +719,9 @@ def mend_step(storage: Storage, folder: str, stock: bytes | None = None, sequenc
                 manifest = open_step(storage, folder).manifest
             except StepNotFoundError:
                 return
+            if step.lacking:
+                raise DamagedStepError(f"{join(storage.url, folder)} lacks files of its newest save", url=storage.url)
+            manifest = step.manifest
             if manifest is None:  # not ours any more
                 return
             stock = pickle_metadata(manifest.keys, manifest.chunks, manifest.head.attempt, manifest.head.save_id)

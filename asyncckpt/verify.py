@@ -69,7 +69,7 @@ def find_damage(
     """(what was read, what is wrong with it). DamagedStepError: the index is unreadable; StepNotFoundError."""
     started = time.perf_counter()
     while True:
-        step = open_step(storage, folder, check_files=False)
+        step = open_step(storage, folder)
         if step.manifest is None:
             num_files, num_bytes, checksums, problems = _verify_foreign(storage, step, tell)
         else:
@@ -77,7 +77,7 @@ def find_damage(
             num_files = len(step.manifest.files) + 2
             num_bytes, checksums = step.manifest.num_bytes + step.manifest.dcp_metadata_size, "manifest"
         # A step that another run saves again or deletes meanwhile loses its files after its manifest.
-        if not problems or open_step(storage, folder, check_files=False).sequence == step.sequence:
+        if not problems or open_step(storage, folder).sequence == step.sequence:
             return VerifyReport(num_files, num_bytes, time.perf_counter() - started, checksums), problems
 
 
