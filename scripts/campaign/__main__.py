@@ -38,6 +38,9 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     if options.family:
         return run_family(f"scripts.campaign.{options.family}", options)
+    if options.fuzz:
+        command = [sys.executable, "-m", "scripts.campaign.fuzz_atheris", str(options.fuzz), str(options.seed)]
+        return subprocess.run(command, check=False).returncode
     console = Console(width=None if sys.stdout.isatty() else 140)
     families = [name for name in FAMILIES if _may_have(name, options.only)]
     lines: dict[str, Line] = {}
