@@ -716,7 +716,7 @@ def mend_step(storage: Storage, folder: str, stock: bytes | None = None, sequenc
     while True:
         if stock is None:
             try:
-                manifest = open_step(storage, folder).manifest
+                step = open_step(storage, folder)
             except StepNotFoundError:
                 return
             if step.lacking:
