@@ -46,7 +46,10 @@ S3_PART_BYTES = 5 << 20  # the least that S3 takes, so that a file of 6 MB has t
 TIMEOUT_S = 60.0  # of a test's own waits: far beyond any that succeeds
 
 _forks = multiprocessing.get_context("forkserver")
-_PRELOAD = ["torch", "torch.distributed", "numpy", "pytest", "s3fs", __name__]
+_PRELOAD = [
+    "torch", "torch.distributed", "torch.utils.serialization.config", "numpy", "pytest", "s3fs",
+    "asyncckpt.storage_fsspec", __name__,
+]  # fmt: skip
 
 
 def state_of(step: int, save: int, num_rows: int = 1450) -> dict[str, Any]:
