@@ -12,7 +12,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from asyncckpt.storage import redact
 
@@ -86,16 +86,47 @@ _OBSTORE_TRIES = re.compile(r" in ([\d.]+\w+), after (\d+) retries")
 _OBSTORE_KIND = re.compile(r"\bkind: (Timeout|Connect|Request|Interrupted|Decode)\b")
 
 
+class Operation(str):
+    """The words for it, and the secrets of the storage that it is done at."""
+
+    __slots__ = ("secrets",)
+    secrets: tuple[str, ...]
+
+    def __new__(cls, text: str, secrets: tuple[str, ...]) -> Self:
+        operation = super().__new__(cls, text)
+        operation.secrets = secrets
+        return operation
+
+
 @contextmanager
 def named_client_errors(what: str) -> Iterator[None]:
-    """Whatever is raised inside leaves as an OSError: `what`, the reason, no credential, the original as its cause."""
+    """Whatever is raised inside leaves as an OSError: `what`, the reason, no credential; the original as its cause, if
+    that has none either."""
+    secrets = what.secrets if isinstance(what, Operation) else ()
     try:
         yield
     except Exception as exc:
         # The errno chooses the class.
-        # Not from obstore's: its text has the whole answer of the server, which may repeat a session token.
-        reason = "; ".join(filter(None, (_reason(exc), _ADVICE.get(_code(exc)), *getattr(exc, "__notes__", ()))))
-        raise OSError(errno_of(exc) or errno.EIO, f"{what}: {redact(reason)}") from (None if _is_obstore(exc) else exc)
+        notes = [note for known in _with_causes(exc) for note in getattr(known, "__notes__", ())]
+        reason = "; ".join(filter(None, (_reason(exc), _ADVICE.get(_code(exc)), *notes)))
+        raise OSError(errno_of(exc) or errno.EIO, f"{what}: {redact(reason, secrets)}") from (
+            None if _tells(exc, secrets) else exc
+        )
+
+
+def _tells(exc: BaseException, secrets: tuple[str, ...]) -> bool:
+    """Whether a traceback of it would show a secret, or may: obstore's text has the whole answer of the server."""
+    todo, seen = [exc], set[int]()
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        text = "\n".join((str(one), repr(one.args), *getattr(one, "__notes__", ())))
+        if _is_obstore(one) or redact(text, secrets) != text:
+            return True
+        todo += (other for other in (one.__cause__, one.__context__, *getattr(one, "exceptions", ())) if other)
+    return False
 
 
 def errno_of(exc: BaseException) -> int | None:
@@ -162,7 +193,9 @@ def _reason(exc: BaseException) -> str:
         if isinstance(response := getattr(known, "response", None), dict):  # botocore; s3fs keeps the message alone
             error = response.get("Error", {})
             return f"{error.get('Code')} {error.get('Message') or ''}".rstrip()
-    return (exc.strerror if isinstance(exc, OSError) else None) or str(exc) or type(exc).__name__
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return next(filter(None, map(str, _with_causes(exc))), type(exc).__name__)  # fsspec's of a timeout is empty
 
 
 def _http_status(exc: BaseException) -> int | None:

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
+from urllib.parse import quote, unquote
 
 TEMP_PREFIX = ".tmp-"
 RETRY_S = 120.0  # A guess: servers restart within it, and ranks wait for each other five times as long
@@ -148,7 +149,36 @@ def check_path(path: str) -> str:
     return path
 
 
-def redact(text: str) -> str:
-    """`text` with the user info and the query values of the URLs in it replaced by "***"."""
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """`text` with the user info and the query values of the URLs in it, and `secrets`, replaced by "***"."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
     text = re.sub(r"(?<=://)([^/@\s]*:[^@\s]*|[^/@\s]+)@", "***@", text)  # an S3 secret may hold a "/"
     return re.sub(r"(?<=[?&])([\w.-]+)=[^&\s'\"]+", r"\1=***", text)
+
+
+_SECRET_NAME = re.compile(
+    r"secret|token|passw|key|auth|credential|signature|sas|cookie|header|prox|conn", re.IGNORECASE
+)
+_MIN_SECRET = 6  # letters; shorter ones stand in too many other words
+
+
+def secrets_of(url: str, storage_options: Mapping[str, Any]) -> tuple[str, ...]:
+    """What no text may repeat, in every form in which clients write it: what the options and the environment give under
+    a name of a secret, the password of a URL, the values of its query. The longest first."""
+    found = {value for name, value in os.environ.items() if re.search("SECRET|TOKEN|PASSW|KEY", name)}
+    todo: list[tuple[Any, bool]] = [(url, False), (storage_options, False)]
+    while todo:
+        value, is_secret = todo.pop()
+        if isinstance(value, Mapping):
+            todo += ((inner, is_secret or bool(_SECRET_NAME.search(str(name)))) for name, inner in value.items())
+        elif isinstance(value, list | tuple | set):
+            todo += ((inner, is_secret) for inner in value)
+        elif isinstance(value, str):
+            for found_in_url in re.findall(r"://[^/@\s]*?:([^@\s]*)@|[?&][\w.-]+=([^&\s'\"]+)", value):
+                found.update(
+                    found_in_url, *(part.split("/") for part in found_in_url)
+                )  # of which clients may show parts
+            found.update([value] if is_secret else [])
+    forms = {form for value in found for form in (value, quote(value), quote(value, safe=""), unquote(value))}
+    return tuple(sorted((form for form in forms if len(form) >= _MIN_SECRET), key=len, reverse=True))

@@ -22,14 +22,14 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
-from asyncckpt.client_errors import OUT_OF_RANGE, errno_of, named_client_errors, s3_error
+from asyncckpt.client_errors import OUT_OF_RANGE, Operation, errno_of, named_client_errors, s3_error
 from asyncckpt.client_requests import ANSWER_S, MIN_RATE, guard_gcsfs, guard_s3fs
 from asyncckpt.parallel import Arrivals, for_each
 from asyncckpt.retries import CLEANING_S, again, may_pass
 from asyncckpt.s3_obstore import ObstoreBucket
 from asyncckpt.s3_settings import UntranslatableError, is_aws
 from asyncckpt.s3_upload import S3Upload, abort_uploads
-from asyncckpt.storage import RETRY_S, TEMP_PREFIX, check_path, redact
+from asyncckpt.storage import RETRY_S, TEMP_PREFIX, check_path, redact, secrets_of
 
 MIB = 1 << 20
 READ_BYTES = 8 * MIB  # of one request
@@ -65,6 +65,7 @@ class FsspecStorage:
         self.url = redact(url)
         self._full_url = url
         self._options = dict(storage_options or {})
+        self._secrets = secrets_of(url, self._options)
         self._num_threads = num_threads or 8
         self._transfer = transfer
         self._retry_s = retry_timeout
@@ -223,7 +224,7 @@ class FsspecStorage:
                     try:
                         self._bucket = ObstoreBucket.open(filesystem, self._root, self._retry_s)
                     except UntranslatableError as exc:
-                        self.client_reason = str(exc)
+                        self.client_reason = redact(str(exc), self._secrets)
                 self._is_decided = True
             return self._bucket
 
@@ -295,8 +296,8 @@ class FsspecStorage:
     def _full(self, path: str) -> str:
         return f"{self._root}/{check_path(path)}"
 
-    def _what(self, operation: str, path: str) -> str:
-        return f"{operation} {path} at {self.url}" if path else f"{operation} {self.url}"
+    def _what(self, operation: str, path: str) -> Operation:
+        return Operation(f"{operation} {path} at {self.url}" if path else f"{operation} {self.url}", self._secrets)
 
     def _create(self, full: str, data: bytes, what: str) -> None:
         filesystem = self._filesystem
