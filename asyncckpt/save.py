@@ -108,8 +108,8 @@ class Leftover:
     """Files of a step folder that nothing refers to any more. groups: deleted one after the other, in this order.
 
     mend: the step was saved again, so its `.metadata` (`stock` of the save `sequence`, or made from the manifest) is to
-    be written first: until then it speaks of the old data. whole: retention drops the step. refused: data of a save
-    that had the number of the committed one, another run's, and came too late.
+    be written first: until then it speaks of the old data. whole: retention drops the step. beside: files
+    that go whatever their number: a mark, or data of a save that had the committed one's number and came too late.
     """
 
     step: int
@@ -118,7 +118,7 @@ class Leftover:
     stock: bytes | None = None
     sequence: int | None = None
     whole: bool = False
-    refused: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -567,7 +567,7 @@ class Saver:
             elif leftover.mend and current is not None:
                 mend_step(self.storage, str(leftover.step), leftover.stock, leftover.sequence)
             over = [[name for name in group if current is None or not belongs_to(name, current)] for group in groups]
-            for group in filter(None, [*over, leftover.refused]):
+            for group in filter(None, [*over, leftover.beside]):
                 self.storage.delete([f"{leftover.step}/{name}" for name in group])
         except DamagedStepError:
             return True  # nothing mends a damaged step, and its older save may be all there is
@@ -575,7 +575,7 @@ class Saver:
             self.leftovers.append(leftover)
             self._tell_undeleted(leftover.step, exc)
             return False
-        if num_files := sum(map(len, [*groups, leftover.refused])):
+        if num_files := sum(map(len, [*groups, leftover.beside])):
             self._emit(
                 events.Pruned, leftover.step,
                 whole=leftover.whole, num_files=num_files, prune_s=time.perf_counter() - started,
@@ -628,22 +628,19 @@ class Saver:
     def _leftover(self, step: int, files: StepFiles, newest_committed: int, marked: set[str]) -> Leftover | None:
         """What is left over in a step's folder; of attempts without a manifest only those that were marked as dead
         before. The mark of one that was committed meanwhile goes, too."""
+        # The newest is one of another run's: which takes it back, if it did not know of the other.
         if len(files.manifests) > 1 and files.sequence != self.index.sequence_of(step):
-            return (
-                None  # another run has only just committed the newest, and takes it back if it did not know the other
-            )
+            return None
         unfinished = files.unfinished(newest_committed)
         groups = files.leftovers(newest_committed, {*unfinished} - marked)
-        if alive := [f"{name}/{DEAD_MARK}" for name in marked.difference(unfinished) if name in files.attempts]:
-            groups.append(alive)
-        refused: list[str] = []
+        beside = [f"{name}/{DEAD_MARK}" for name in marked.difference(unfinished) if name in files.attempts]
         if files.has_rivals:
             with contextlib.suppress(OSError, DamagedStepError):
-                refused = files.beside(read_manifest(self.storage, str(step), files).head.attempt)
+                beside += files.beside(read_manifest(self.storage, str(step), files).head.attempt)
         is_whole = files.sequence is not None
-        if not groups and not refused and (not is_whole or DCP_METADATA in files.other):
+        if not groups and not beside and (not is_whole or DCP_METADATA in files.other):
             return None
-        return Leftover(step, groups, mend=is_whole, refused=refused)
+        return Leftover(step, groups, mend=is_whole, beside=beside)
 
     def _sweep(self, step: int, sequence: int) -> None:
         try:
