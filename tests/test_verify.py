@@ -27,6 +27,7 @@ from asyncckpt.manifest import Manifest, decode_manifest, encode_manifest
 from asyncckpt.storage import open_storage
 from asyncckpt.testing import FaultyStorage, RecordingStorage
 from asyncckpt.verify import PIECE_BYTES, READ_THREADS, find_damage, verify_step
+from tests.s3 import Fault, Request, S3Proxy
 from tests.states import restored, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
@@ -85,6 +86,28 @@ def test_it_reads_each_byte_once_in_pieces_of_bounded_size(run: pathlib.Path) ->
     assert all(a[0] != b[0] or a[2] == b[1] for a, b in itertools.pairwise(ranges))
     assert (report.num_files, report.checksums) == (3, "manifest")
     assert PIECE_BYTES * READ_THREADS <= 64 << 20
+
+
+@pytest.mark.s3
+def test_it_has_several_requests_in_flight(s3_url: str, s3_options: dict[str, Any]) -> None:
+    """One at a time would take a day for what S3 gives in an hour."""
+    with CheckpointManager(s3_url, storage_options=s3_options) as manager:
+        manager._storage.max_file_bytes = 100_000
+        manager.save(1, {f"t{n}": torch.ones(20_000) for n in range(READ_THREADS)})
+
+    def hold(request: Request) -> Fault:
+        # Of the first ones one is the manifest; seven of the nine files are left.
+        if request.operation == "GET object" and request.number > 3:
+            if proxy.most_in_flight >= READ_THREADS - 1:
+                proxy.gate.set()
+            return "hold"
+        return ""
+
+    with S3Proxy(s3_options["client_kwargs"]["endpoint_url"], hold) as proxy:
+        client = {**s3_options["client_kwargs"], "endpoint_url": proxy.endpoint}
+        report = verify_step(open_storage(s3_url, {**s3_options, "client_kwargs": client}), "1")
+    assert report.num_files == READ_THREADS + 2
+    assert proxy.most_in_flight >= READ_THREADS - 1
 
 
 def test_files_besides_those_of_the_manifest_are_no_damage(run: pathlib.Path) -> None:
@@ -274,6 +297,21 @@ def test_stock_items_without_checksums_are_restored_and_said_to_be_unverified(
     assert torch.equal(target["w"], torch.arange(100))
     assert [event.checksums for event in seen if isinstance(event, Restored)] == ["none"]
     assert "not verified, as what was read carries no checksums" in caplog.text
+
+
+def test_a_large_stock_item_is_read_in_pieces(tmp_path: pathlib.Path) -> None:
+    """Its zip is checked as it comes, and no piece of it twice but for its directory."""
+    dcp.save({"w": torch.arange(5_000_000)}, checkpoint_id=str(tmp_path / "3"))
+    sizes: list[int] = []
+
+    class Counting(RecordingStorage):
+        def read_into(self, path: str, wanted: Sequence[tuple[int, memoryview]], *arguments: Any) -> None:
+            sizes.extend(len(view) for _, view in wanted)
+            super().read_into(path, wanted, *arguments)
+
+    assert verify_step(Counting(open_storage(str(tmp_path))), "3").checksums == "zip"
+    assert max(sizes) <= PIECE_BYTES
+    assert 40_000_000 <= sum(sizes) <= 40_000_000 + 2 * PIECE_BYTES
 
 
 def test_stock_items_with_checksums_are_said_to_be_verified_by_them(tmp_path: pathlib.Path) -> None:
