@@ -197,14 +197,14 @@ def _check_tensor(
     if hooks or len(size) != len(stride) or not all(type(number) is int and 0 <= number < HUGE for number in numbers):
         raise ValueError("it makes a tensor of no possible shape")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    if 0 not in size and (last + 1) * dtype.itemsize > storage.untyped().nbytes():
-        raise ValueError(f"it makes a tensor of shape {tuple(size)} of {storage.untyped().nbytes()} bytes")
+    if 0 not in size and (last + 1) * dtype.itemsize > storage._untyped_storage.nbytes():
+        raise ValueError(f"it makes a tensor of shape {tuple(size)} of {storage._untyped_storage.nbytes()} bytes")
 
 
 def _check_quantized(storage: Any, offset: Any, size: Any, stride: Any, parameters: Any, *more: Any) -> None:
     _check_tensor(storage, offset, size, stride)
-    if math.prod(size) * storage.dtype.itemsize > storage.untyped().nbytes():
-        raise ValueError(f"it makes a tensor of shape {tuple(size)} of {storage.untyped().nbytes()} bytes")
+    if math.prod(size) * storage.dtype.itemsize > storage._untyped_storage.nbytes():
+        raise ValueError(f"it makes a tensor of shape {tuple(size)} of {storage._untyped_storage.nbytes()} bytes")
 
 
 def _check_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -381,6 +382,17 @@ def test_safe_globals_allow_a_class_to_be_saved_and_restored(tmp_path: pathlib.P
         assert target["x"] == Custom()
     with CheckpointManager(str(tmp_path), 1) as manager, pytest.raises(UnsafeObjectError, match="safe_globals"):
         manager.restore(1, {"x": None})
+
+
+def test_a_restore_warns_of_nothing(tmp_path: pathlib.Path) -> None:
+    """An object with a tensor in it did, and failed where a user has warnings be errors."""
+    with CheckpointManager(str(tmp_path), 1) as manager:
+        manager.save(1, {"o": (torch.ones(2), 0.5)})
+        target: dict[str, Any] = {"o": None}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            manager.restore(1, target)
+    assert torch.equal(target["o"][0], torch.ones(2))
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "3", True])
