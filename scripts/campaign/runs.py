@@ -69,10 +69,10 @@ def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
         yield [
             schedules("memory", "two or three runs, one path, memory", memory, "writers", 25, 300),
             schedules("folder", "two or three runs, one folder", folder, "writers", 15, 150),
-            schedules("s3", "two or three runs, one path, S3", s3, "writers", 3, 40),
+            schedules("s3", "two or three runs, one path, S3", s3, "writers", 2, 20),
             schedules("memory", "readers beside a writer, memory", memory, "readers", 10, 100),
             schedules("folder", "readers beside a writer, folder", folder, "readers", 8, 60),
-            schedules("s3", "readers beside a writer, S3", s3, "readers", 2, 20),
+            schedules("s3", "readers beside a writer, S3", s3, "readers", 1, 10),
             Row(
                 "runs.zombie", "a run stopped at a call, its successor works", 2, 30,
                 lambda n: stop_and_wake(folder(n), draws(seed, "runs.zombie", n)),
