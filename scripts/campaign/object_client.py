@@ -6,7 +6,6 @@ reported to it and what it restored; `check` raises if a promise was broken. Cal
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import traceback
@@ -18,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from botocore.loaders import JSONFileLoader
-from botocore.session import Session
 
 from asyncckpt import s3_obstore
 from asyncckpt.errors import CheckpointError, DamagedStepError, SaveError
@@ -37,19 +34,9 @@ NEXT = 99
 MAY_BE_SAVED = "may be saved or not"
 _PRELOAD = [
     "torch", "torch._dynamo", "torch.distributed", "numpy", "pytest", "s3fs", "gcsfs", "obstore", "obstore.store",
-    "aiobotocore.session", __name__,
+    "aiobotocore.session", "scripts.campaign.fork_server", __name__,
 ]  # fmt: skip
 _forks = multiprocessing.get_context("forkserver")
-
-
-def _read_models() -> None:
-    """botocore's, once for all forks: every process parses 0.1 s of JSON, and an attempt has less than 1 s."""
-    read = functools.cache(JSONFileLoader().load_file)
-    JSONFileLoader.load_file = lambda self, path: read(path)
-    Session().create_client("s3", region_name="us-east-1", aws_access_key_id="any", aws_secret_access_key="any").close()
-
-
-_read_models()
 
 
 def state_of(step: int, save: int) -> dict[str, Any]:

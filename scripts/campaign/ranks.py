@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ from tests.servers import RadosGateway
 
 BUCKET = "ranks"
 NUM_TRIES = 4
-_PRELOAD = ["torch._dynamo", "pytest", "s3fs", "obstore", "obstore.store", "scripts.campaign.rank_job"]
+_PRELOAD = [
+    "torch._dynamo", "pytest", "s3fs", "obstore.store", "scripts.campaign.fork_server", "scripts.campaign.rank_job",
+]  # fmt: skip
 LIMIT_S = 100.0  # for all that the ranks do, on a busy machine
 FAULTS: dict[RankFault, str] = {
     "kill": "a rank is killed",
@@ -67,25 +70,30 @@ class Runs:
         self._place = place
         self._oracle = oracle
         self._num_calls: dict[int, list[int]] = {}
+        self._rehearsing = threading.Lock()
 
     def attempt(self, fault: RankFault, seed: int, number: int) -> Counter[Outcome]:
-        for world_size in (2, 3, 4):
-            if world_size not in self._num_calls:
-                self._num_calls[world_size] = self._rehearse(world_size)
         with ThreadPoolExecutor(NUM_TRIES) as pool:
             tries = range(number * NUM_TRIES, (number + 1) * NUM_TRIES)
-            return Counter(pool.map(partial(self._try, fault, seed), tries))
+            return Counter(pool.map(partial(self.run, fault, seed), tries))
+
+    def _calls_of(self, world_size: int) -> list[int]:
+        with self._rehearsing:
+            if world_size not in self._num_calls:
+                self._num_calls[world_size] = self._rehearse(world_size)
+            return self._num_calls[world_size]
 
     def _rehearse(self, world_size: int) -> list[int]:
         ends, told, _ = self._save(self._place(f"rehearsal-{world_size}"), world_size, None, 60.0)
         assert not any(end.errors for end in ends.values()), (ends, told)
         return [ends[rank].num_calls for rank in range(world_size)]
 
-    def _try(self, fault: RankFault, seed: int, number: int) -> Outcome:
+    def run(self, fault: RankFault, seed: int, number: int) -> Outcome:
+        """One try."""
         draw = draws(seed, f"{self._kind} {fault}", number)
         world_size = 2 + number % 3
         rank = draw.choice([0, draw.randrange(1, world_size)])
-        point = Point(fault, rank, draw.randrange(self._num_calls[world_size][rank]), draw.random() < 0.5)
+        point = Point(fault, rank, draw.randrange(self._calls_of(world_size)[rank]), draw.random() < 0.5)
         for timeout_s in (3.0, 15.0, 60.0):  # on a busy machine the first may be over before the fault comes
             place = self._place(f"{self._kind}-{fault.replace(' ', '-')}-{seed}-{number}-{timeout_s:.0f}")
             ends, told, reached = self._save(place, world_size, point, timeout_s)
