@@ -551,7 +551,8 @@ class CheckpointManager:
         state_dict: what `save` takes; a fresh optimizer in it must be primed (`prime_optimizer`), a TrainState does so.
         strict: keys of the checkpoint that every rank's `state_dict` lacks are an error, too, instead of an event.
         Raises StepNotFoundError; StateMismatchError that lists all missing keys and all differing shapes and dtypes:
-        nothing was changed; UnsafeObjectError; DamagedStepError: `state_dict` may be half overwritten.
+        nothing was changed; UnsafeObjectError and DamagedStepError: where they come of what was read, and not of the
+        manifest or a missing file, `state_dict` may be half overwritten, and they say so.
         """
         self._check_open()
         self._restore(step, state_dict, strict, _Tries())

@@ -83,15 +83,13 @@ def find_damage(
 
 @dataclass(slots=True)
 class _File:
-    """A file to be read. blocks: the CRC32 of each BLOCK_BYTES. gone: why it could not be read to its end."""
+    """A file to be read. blocks: the CRC32 of each BLOCK_BYTES, in a list made when the file was found to be of that
+    length. gone: why it could not be read to its end."""
 
     path: str
     record: FileRecord
-    blocks: list[int] = field(init=False)
+    blocks: list[int] = field(default_factory=list)
     gone: str = ""
-
-    def __post_init__(self) -> None:
-        self.blocks = [0] * -(-self.record.size // BLOCK_BYTES)
 
     @property
     def crc32(self) -> int:
@@ -124,6 +122,7 @@ def file_problems(
         elif sizes[file.path] != file.record.size:
             yield f"{file.path} has {sizes[file.path]} bytes, the manifest says {file.record.size}"
         else:
+            file.blocks = [0] * -(-file.record.size // BLOCK_BYTES)
             present.append(file)
     _read_all(storage, present, tell)
     for file in present:
