@@ -78,7 +78,7 @@ class BrokenStorage(RecordingStorage):
         if self._point.fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         if self._point.fault == "lose all":
-            signal.pause() if threading.current_thread() is threading.main_thread() else threading.Event().wait()
+            threading.Event().wait()  # for the end
         if self._point.fault == "fail":
             raise OSError(errno.EIO, "as the campaign wants it")
 
@@ -151,7 +151,6 @@ def save_all(link: Link, place: Place, point: Point | None, timeout_s: float) ->
         if not attempt(save, save_it) and point and point.fault != "fail":
             break
     attempt(len(SCHEDULE) - 1, manager.close)
-
     return Ended(errors, len(storages[0].calls))
 
 
