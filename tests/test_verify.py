@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pathlib
 import re
@@ -209,6 +210,16 @@ def test_a_step_that_goes_or_is_saved_anew_meanwhile_is_not_called_damaged(tmp_p
         else:
             with pytest.raises(StepNotFoundError):
                 verify_step(storage, "1")
+
+
+def test_a_length_that_no_file_has_takes_no_memory(run: pathlib.Path) -> None:
+    """A manifest may say anything."""
+    path = next((run / "1").glob("manifest-*"))
+    manifest = decode_manifest(path.read_bytes())
+    (file,) = manifest.files
+    files = [dataclasses.replace(file, size=1 << 61)]
+    path.write_bytes(encode_manifest(dataclasses.replace(manifest, files=files)))
+    assert f"has {file.size} bytes, the manifest says {1 << 61}" in damage_of(run)
 
 
 def test_storage_that_fails_is_not_called_damage(run: pathlib.Path) -> None:
