@@ -65,4 +65,5 @@ def test_what_belongs_to_a_save_is_told_by_name() -> None:
 def test_what_may_be_swept_is_in_step_folders_and_of_attempts_that_are_over() -> None:
     """Nothing of a save in flight, and nothing that is not ours."""
     assert all(may_be_swept(path, 2) for path in ("10", f"10/{A1}", f"10/{A1}/__0_0.distcp", f"10/{A2}"))
+    assert may_be_swept(f"10/{A3}", 2)  # nothing is in it, and a writer that needs it makes it again
     assert not any(may_be_swept(path, 2) for path in (f"10/{A3}/__0_0.distcp", "10/mine", "mine", "010", f"mine/{A1}"))
