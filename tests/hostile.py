@@ -318,7 +318,7 @@ def claims(draw: Draw) -> bytes:
 def laughs(draw: Draw) -> bytes:
     """Little that is a lot to whoever walks it, hashes it or writes it down."""
     shape = draw.choice(["lists", "tuple keys", "deep key", "deep lists", "deep tuples", "deep dicts", "set", "cycle"])
-    depth = draw.choice([5_000, 300_000])
+    depth = draw.choice([5_000, 150_000])
     doubling = b"".join(b"q" + bytes([n]) + b"](h%bh%be" % (bytes([n]), bytes([n])) for n in range(60))
     tuples = b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60))
     return (
@@ -389,9 +389,9 @@ def greedy(draw: Draw) -> bytes:
         [
             called("__builtin__", "bytearray", integer(huge)),
             called("__builtin__", "bytes", integer(huge)),
-            called("__builtin__", "set", b"](" + b")" + b"\x85" * 300_000 + b"e"),
-            called("collections", "Counter", b")" + b"\x85" * 300_000 + b"\x85"),
-            called("collections", "OrderedDict", b"](](" + b")" + b"\x85" * 300_000 + b"Nee"),
+            called("__builtin__", "set", b"](" + b")" + b"\x85" * 150_000 + b"e"),
+            called("collections", "Counter", b")" + b"\x85" * 150_000 + b"\x85"),
+            called("collections", "OrderedDict", b"](](" + b")" + b"\x85" * 150_000 + b"Nee"),
             encoded,
             called("torch", "Tensor", integer(huge)),
             called("torch", "FloatTensor", integer(huge)),
@@ -690,7 +690,7 @@ def odd_text(root: Path, draw: Draw) -> None:
         [
             b'"kinds":[],"kinds":[]', b'"deep":' + b"[" * 200_000 + b"]" * 200_000, b'"deep":' + b'{"a":' * 100_000,
             b'"digits":' + b"9" * 1_000_000, b'"e":1e999', b'"x":NaN', b'"x":-Infinity', b'"files":{"name":[]}',
-            b'"u":"\\ud800"', b'"raw":"\xff\xfe"', b'"bom":"\xef\xbb\xbf"', b'"many":[' + b"[]," * 300_000 + b"[]]",
+            b'"u":"\\ud800"', b'"raw":"\xff\xfe"', b'"bom":"\xef\xbb\xbf"', b'"many":[' + b"[]," * 150_000 + b"[]]",
             b'"head":{}', b'"a":-0', b'"wide":"\xf0\x9f\x98\x80"',
         ]
     )  # fmt: skip

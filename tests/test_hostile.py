@@ -59,7 +59,7 @@ for case in CASES:
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**64))
 def test_a_parser_returns_or_raises_its_own_error(name: str, seed: int) -> None:
     """Inputs that nearly are right; a million of them are the campaign's."""
@@ -84,8 +84,8 @@ def test_a_parser_takes_any_bytes(data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", list(hostile.PICKLES))
 def test_a_pickle_bomb_does_nothing(kind: str) -> None:
-    """Twenty of each kind, as stock metadata and as an object."""
-    for number in range(20):
+    """Some of each kind, as stock metadata and as an object."""
+    for number in range(6):
         data = hostile.PICKLES[kind](random.Random(number))
         with pytest.raises((ValueError, UnsafeObjectError)):
             unpickle_metadata(data)
@@ -95,7 +95,7 @@ def test_a_pickle_bomb_does_nothing(kind: str) -> None:
 
 def test_an_allowed_call_takes_no_memory_that_its_arguments_do_not_have() -> None:
     """A bytearray of any length, text encoded fifty times, a tensor larger than its storage."""
-    for number in range(150):
+    for number in range(100):
         with pytest.raises(UnsafeObjectError, match="'key'"):
             load_object(hostile.archive(hostile.greedy(random.Random(number))), (), "key")
 

@@ -184,7 +184,7 @@ def test_an_expired_token_that_the_answer_repeats_is_not_told(
         ("s3://bucket/run", {"key": "k", "secret": {"a": CANARY}}),
         ("s3://bucket/run", {"key": "k", "secret": CANARY, "config_kwargs": {"proxies": {"http": f"http://u:{CANARY}@127.0.0.1:1"}},
                              "client_kwargs": {"endpoint_url": "http://h.invalid"}}),
-        pytest.param("gs://bucket/run", {"token": CANARY, "endpoint_url": "http://127.0.0.1:1"}, marks=pytest.mark.slow),
+        pytest.param("gs://bucket/run", {"token": CANARY, "endpoint_url": "http://[::1]:1"}, marks=pytest.mark.slow),
         ("gs://bucket/run", {"token": {"type": "service_account", "private_key": CANARY}, "endpoint_url": "http://127.0.0.1:1"}),
         ("gs://bucket/run", {"token": {"type": "authorized_user", "client_id": "a", "client_secret": CANARY,
                              "refresh_token": CANARY, "token_uri": "http://127.0.0.1:1"}, "endpoint_url": "http://127.0.0.1:1"}),
