@@ -41,8 +41,10 @@ T = TypeVar("T")
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    return errno_of(error) in _MAY_PASS
+    """Whether the same request may succeed later, and was not given up by a try within this one: a page of a listing
+    is tried until the deadline, and not the listing once more."""
+    given_up = any(hasattr(known, "num_tries") for known in (error, error.__cause__))  # fsspec's timeout has a cause
+    return not given_up and errno_of(error) in _MAY_PASS
 
 
 def again(request: Callable[[], T], deadline_s: float) -> T:
@@ -72,6 +74,7 @@ def _give_up(state: RetryCallState) -> Any:
     assert state.outcome is not None
     error = state.outcome.exception()
     assert error is not None
+    error.num_tries = state.attempt_number  # type: ignore[attr-defined]
     if state.attempt_number > 1:
         error.add_note(f"{state.attempt_number} tries in {state.seconds_since_start or 0:.1f} s")
     raise error

@@ -92,6 +92,21 @@ def test_the_last_error_passes_and_says_how_often_and_how_long(monkeypatch: pyte
     assert raised.value.errno == errno.EBUSY
 
 
+def test_what_was_given_up_within_is_not_tried_from_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines do not add up: a request is part of a listing, which is tried again where a request is not."""
+    monkeypatch.setattr(retries, "FIRST_S", 0.001)
+    monkeypatch.setattr(retries, "CAP_S", 0.001)
+    calls = []
+
+    def listing() -> str:
+        calls.append("listing")
+        return str(again(failing(10**6), 0.05))
+
+    with pytest.raises(OSError, match="busy"):
+        again(listing, 600)
+    assert calls == ["listing"]
+
+
 def test_without_a_deadline_nothing_is_tried_again() -> None:
     """retry_timeout=0; nor does the message speak of tries."""
     with pytest.raises(OSError, match=r"read: busy 0$"), named_client_errors("read"):
