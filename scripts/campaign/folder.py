@@ -76,8 +76,8 @@ def _folder_rows(folder: _Campaign) -> list[Row]:
 def _fsspec_rows(plain: _Campaign) -> list[Row]:
     operations = plain.rehearsal.before_last
     every = list(range(len(operations)))
-    writes = _numbers(operations, lambda operation: operation.name == "pipe_file")
-    changes = _numbers(operations, lambda operation: operation.name in ("pipe_file", "rm_file", "makedirs"))
+    writes = _numbers(operations, lambda operation: operation.name == "pipe_file" and not operation.error)
+    changes = [*writes, *_numbers(operations, lambda operation: operation.name in ("rm_file", "makedirs"))]
     return [
         plain.row("kill", "fsspec: killed before a call", Fault("kill"), every, 6, 40),
         plain.row("kill-within", "fsspec: killed within a write", Fault("kill within"), writes, 6, 40),
