@@ -152,7 +152,7 @@ def piece(start: int, rows: int, dtype: str = "float32", columns: int = 4) -> Ch
 @pytest.mark.parametrize(
     "chunks",
     [
-        (piece(0, 3),), (piece(0, 3), piece(0, 3)), (piece(0, 3), piece(4, 3)), (piece(1, 6),), (piece(0, 7),), (),
+        (piece(0, 3),), (piece(0, 3), piece(0, 3)), (piece(0, 3), piece(4, 3)), (piece(1, 6),), (piece(0, 7),),
         (piece(0, 4), piece(2, 4)), (piece(0, 6, "int32"),), (piece(0, 6), piece(0, 6)), (piece(0, 6, columns=3),),
         (piece(0, 3), piece(0, 3), piece(3, 3)),
     ],
