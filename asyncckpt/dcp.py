@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from asyncckpt.chunks import Chunk, ChunkTable, keys_of
-from asyncckpt.errors import SaveError
+from asyncckpt.errors import DamagedStepError, SaveError
 from asyncckpt.manifest import FileRecord, Head
 from asyncckpt.read_items import read_items
 from asyncckpt.restore import OpenStep, Reserialising, open_step
@@ -188,6 +188,9 @@ class ShardReader(_OneStep, StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         assert self._step is not None
+        for fqn in (item.storage_index.fqn for item in plan.items):
+            if fqn in self._step.lacking:  # also what a link stands for, or lies outside: nothing opens it
+                raise DamagedStepError(f"{self._storage.url}: {self._step.lacking[fqn]}. Nothing was changed.")
         reader: Any = Reserialising(planner, self._safe_globals)
         read_items(self._storage, self._step.data_folder, self._step.where, plan.items, reader)
         done: Future[None] = Future()

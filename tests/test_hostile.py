@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import pickle
 import random
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.api import CheckpointException
 
-from asyncckpt import CheckpointManager, SaveError, UnsafeObjectError
+from asyncckpt import CheckpointManager, SaveError, ShardReader, UnsafeObjectError
 from asyncckpt.chunks import Chunk, ChunkTable, Key
 from asyncckpt.dcp_metadata import unpickle_metadata
 from asyncckpt.framing import Layout, encode_object
@@ -167,6 +170,24 @@ def test_chunks_that_make_up_their_tensor_are_taken_in_any_order() -> None:
     """Empty ones, too."""
     for chunks in ((piece(0, 6),), (piece(4, 2), piece(0, 1), piece(1, 3)), (piece(0, 6), piece(6, 0))):
         assert len(decode_manifest(encode_manifest(manifest_with(*chunks))).chunks) == len(chunks)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_shard_reader_opens_neither_links_nor_files_outside(tmp_path: pathlib.Path) -> None:
+    """It read what a link stood for, and said ValueError of a path that leads out."""
+    outside = tmp_path / "outside"
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=str(tmp_path / "run"), no_dist=True)
+    data = tmp_path / "run" / "__0_0.distcp"
+    data.rename(outside)
+    data.symlink_to(outside)
+    step = tmp_path / "run" / ".metadata"
+    for change in (lambda info: None, lambda info: setattr(info, "relative_path", str(outside))):
+        metadata = pickle.loads(step.read_bytes())
+        for info in metadata.storage_data.values():
+            change(info)
+        step.write_bytes(pickle.dumps(metadata))
+        with pytest.raises(CheckpointException, match="none at all"):
+            dcp.load({"w": torch.zeros(3)}, storage_reader=ShardReader(tmp_path / "run"), no_dist=True)
 
 
 def test_names_with_more_digits_than_the_ranks_can_tell_each_other_are_no_steps() -> None:
