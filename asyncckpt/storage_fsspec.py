@@ -191,8 +191,8 @@ class FsspecStorage:
             return True
         probe, what = self._full(TEMP_PREFIX + secrets.token_hex(8)), self._what("probe", "")
         with named_client_errors(what):
-            self._pipe(probe, b"1", what, mode="create")
             try:
+                self._pipe(probe, b"1", what, mode="create")  # meets its own first try, if that one's answer is lost
                 self._pipe(probe, b"2", what, mode="create")
             except OSError as exc:
                 if errno_of(exc) != errno.EEXIST:

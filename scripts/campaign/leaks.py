@@ -71,7 +71,9 @@ class Usage:
         gc.collect()
         give_back_free_memory()
         descriptors = len(os.listdir("/proc/self/fd"))
-        staged = manager._stager._pool._lent_bytes  # type: ignore[attr-defined]
+        pool = manager._stager._pool  # type: ignore[attr-defined]
+        repr(pool)  # takes in what was given back
+        staged = pool._lent_bytes
         return cls(own_bytes(), staged, descriptors, threading.active_count())
 
 
