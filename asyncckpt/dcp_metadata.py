@@ -118,6 +118,10 @@ def _checked(found: Any) -> Metadata:
     for index, info in _instance(found.storage_data, dict).items():
         offset = None if (at := _instance(index, MetadataIndex).offset) is None else _shape(at)
         where[MetadataIndex(_instance(index.fqn, str), offset, index.index)] = _place(info)
+    for fqn, entry in saved.items():
+        boxes = [None] if isinstance(entry, BytesStorageMetadata) else [chunk.offsets for chunk in entry.chunks]
+        if any(MetadataIndex(fqn, box) not in where for box in boxes):
+            raise ValueError(f"it does not say where {fqn[:200]!r} is stored")
     meta = getattr(found, "storage_meta", None)
     save_id = getattr(meta, "save_id", None)
     return Metadata(
