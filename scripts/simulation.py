@@ -222,6 +222,9 @@ class Names:
 
     replace = create
 
+    def is_create_exclusive(self) -> bool:
+        return True
+
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         found = {path: size for path, size in self.files.items() if path.startswith(prefix)}
         self._now["LIST"] += -(-len(found) // PAGE_KEYS)
