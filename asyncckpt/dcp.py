@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from asyncckpt.chunks import Chunk, ChunkTable, keys_of
+from asyncckpt.commit import commit_step, make_manifest
 from asyncckpt.errors import DamagedStepError, SaveError
 from asyncckpt.manifest import FileRecord, Head
 from asyncckpt.read_items import read_items
 from asyncckpt.restore import OpenStep, Reserialising, open_step
-from asyncckpt.save import commit_step, make_manifest
 from asyncckpt.shard import write_items
 from asyncckpt.steps import (
     DCP_METADATA,

@@ -29,8 +29,9 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from asyncckpt import gloo_group, plan, save
+from asyncckpt import commit, gloo_group, plan, save
 from asyncckpt.chunks import ChunkTable, Placement
+from asyncckpt.commit import Committer, SaveJob
 from asyncckpt.framing import Layout
 from asyncckpt.global_plan import LocalItems
 from asyncckpt.gloo_group import GlooGroup
@@ -39,7 +40,7 @@ from asyncckpt.manifest import FileRecord, decode_manifest, encode_records
 from asyncckpt.plan import PlannedSave, SavePlanning
 from asyncckpt.ranks import Ranks
 from asyncckpt.rng import rng_state
-from asyncckpt.save import Part, SaveJob, Saver
+from asyncckpt.save import Part, Saver
 from asyncckpt.shard_layout import ShardLayout
 from asyncckpt.steps import attempt_name
 from scripts.benchmarks.process import PeakRss
@@ -319,8 +320,8 @@ TIMED = {
     "collect": (Ranks, "collect"),
     "decode reports": (save, "decode_records"),
     "merge": (save, "merge"),
-    ".metadata": (save, "pickle_metadata"),
-    "manifest": (save, "encode_manifest"),
+    ".metadata": (commit, "pickle_metadata"),
+    "manifest": (commit, "encode_manifest"),
 }
 """What of a phase is timed by itself, where the code calls it."""
 
@@ -453,7 +454,8 @@ class SimulatedJob:
         return Ranks(group, store, store, rank=rank, world_size=self.num_ranks, timeout_s=600.0)
 
     def _saver(self, ranks: Ranks, writes: Sequence[Written]) -> SimulatedSaver:
-        saver = SimulatedSaver(self.storage, ranks, RunIndex(), None, lambda _: None, 600.0, lambda _: None)
+        committer = Committer(self.storage, RunIndex(), None, lambda _: None, ranks.rank, ranks.world_size)
+        saver = SimulatedSaver(committer, ranks, 600.0, lambda _: None)
         saver.parts = [write.part for write in writes]
         return saver
 

@@ -62,7 +62,7 @@ def main(kind: str, url: str) -> Any:
     made.set()
     manager.save(1, state(1))
     if kind in HANGING:
-        manager._saver.storage = GatedStorage(manager._storage, "write_file")  # type: ignore[assignment]
+        manager._saver.committer.storage = GatedStorage(manager._storage, "write_file")  # type: ignore[assignment]
     for step in STEPS[1:]:
         manager.save_async(step, state(step))
     match kind:

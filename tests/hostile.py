@@ -41,9 +41,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from asyncckpt import CheckpointError, CheckpointManager, KeepBest, ShardReader
 from asyncckpt.chunks import Chunk, ChunkTable, Key
+from asyncckpt.commit import make_manifest, mend_step
 from asyncckpt.framing import crc32
 from asyncckpt.manifest import FileRecord, Head, Manifest, encode_manifest
-from asyncckpt.save import make_manifest, mend_step
 from asyncckpt.steps import manifest_name
 from asyncckpt.storage import open_storage
 

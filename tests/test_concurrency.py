@@ -43,7 +43,7 @@ TIMEOUT_S = 60.0
 
 def use(manager: CheckpointManager, wrap: Callable[[Storage], Any]) -> Any:
     """From now on `manager` sees its storage through `wrap`."""
-    manager._storage = manager._saver.storage = wrap(manager._storage)
+    manager._storage = manager._saver.committer.storage = wrap(manager._storage)
     return manager._storage
 
 
@@ -178,7 +178,7 @@ def test_a_commit_without_an_answer_is_found_later(memory_url: str, how: str) ->
         with pytest.raises(CommitError, match=r"step 2 .* may be saved or not"):
             manager.save(2, state(2))
         assert manager.all_steps() == [1]
-        manager._storage = manager._saver.storage = whole
+        manager._storage = manager._saver.committer.storage = whole
         if how == "next save":
             manager.save(3, state(3))
             assert manager.all_steps() == [1, 2, 3]
@@ -233,7 +233,7 @@ def test_stores_that_refuse_are_not_complained_of(
     seen: list[Event] = []
     with CheckpointManager(url, storage_options=options, events=[seen.append]) as manager:
         manager.save(1, state(1))
-        assert manager._saver._is_guarded
+        assert manager._saver.committer._is_guarded
     assert not any(isinstance(event, Unguarded) for event in seen)
 
 

@@ -50,7 +50,7 @@ def saved_while(
     plain = state.state_dict() if isinstance(state, TrainState) else state
     with CheckpointManager(str(tmp_path), 1, stager=make_stager()) as manager:
         gate = GatedStorage(manager._storage, "write_file")
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         with gate:
             if isinstance(state, TrainState):
                 state.step = 6  # as the manager will set it
@@ -199,7 +199,7 @@ def test_a_save_that_ctrl_c_interrupts_is_of_the_moment_it_was_called(tmp_path, 
     """Its caller goes on with the state while the writer is still at the data."""
     state = {"w": torch.ones(1_000_000), "small": torch.ones(3)}
     with CheckpointManager(str(tmp_path), 1, stager=make_stager()) as manager:
-        gate = manager._saver.storage = GatedStorage(manager._storage, "write_file")
+        gate = manager._saver.committer.storage = GatedStorage(manager._storage, "write_file")
 
         def interrupt() -> None:
             gate.wait_reached()

@@ -118,7 +118,7 @@ def test_large_tensors_go_from_the_staging_buffer_to_storage_as_they_lie(tmp_pat
     stager.snapshot = noted(stager.snapshot)  # type: ignore[method-assign]
     stager.borrow = noted(stager.borrow)  # type: ignore[method-assign]
     with CheckpointManager(str(tmp_path), stager=stager) as manager:
-        storage = manager._storage = manager._saver.storage = WatchedStorage(manager._storage)
+        storage = manager._storage = manager._saver.committer.storage = WatchedStorage(manager._storage)
         for step in (1, 2, 3):
             storage.seen = []
             getattr(manager, save)(step, state)
@@ -135,7 +135,7 @@ def test_a_save_calls_storage_five_times_whatever_is_kept(tmp_path: pathlib.Path
         for step in range(5):
             manager.save(step, small_tensors(3))
         manager.join()
-        storage = manager._storage = manager._saver.storage = RecordingStorage(manager._storage)
+        storage = manager._storage = manager._saver.committer.storage = RecordingStorage(manager._storage)
         manager.save(5, small_tensors(3))
         manager.join()
     names = [call.verb for call in storage.calls]
@@ -173,7 +173,7 @@ def test_prewarm_leaves_nothing_for_the_first_save_to_plan(tmp_path: pathlib.Pat
         plan = manager._planning._plan
         assert plan is not None
         assert plan.places is not None
-        storage = manager._storage = manager._saver.storage = RecordingStorage(manager._storage)
+        storage = manager._storage = manager._saver.committer.storage = RecordingStorage(manager._storage)
         manager.save(1, small_tensors(10))
         assert manager._planning._plan is plan
         assert storage.count("check_writable") == 0

@@ -136,7 +136,7 @@ def test_a_protected_step_is_kept(tmp_path: pathlib.Path) -> None:
 
 def gated(manager: CheckpointManager, verb: str) -> GatedStorage:
     gate = GatedStorage(manager._storage, verb)
-    manager._storage = manager._saver.storage = gate
+    manager._storage = manager._saver.committer.storage = gate
     return gate
 
 

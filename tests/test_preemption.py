@@ -424,7 +424,7 @@ def test_the_save_in_flight_is_finished_where_another_would_be_too_late(tmp_path
         hurried(tmp_path, on_busy=on_busy) as (manager, _, skipped),
         GatedStorage(manager._storage, "write_file") as gate,
     ):
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager.save_async(2, state(2), force=True)
         gate.wait_reached()
         terminate_ourselves()
@@ -445,7 +445,7 @@ def test_a_save_for_sigterm_waits_for_its_place_and_is_never_skipped_as_busy(
         CheckpointManager(str(tmp_path), 1000, on_busy=on_busy) as manager,
         GatedStorage(manager._storage, "write_file") as gate,
     ):
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager.save_async(2, state(2), force=True)
         terminate_ourselves()
         opener = threading.Thread(target=lambda: (gate.wait_reached(), gate.open()))
@@ -460,7 +460,7 @@ def test_the_end_of_the_grace_period_is_told_while_a_save_still_goes_on(tmp_path
     """Not in silence, and not in vain either: if nobody kills us it is committed. SIGTERM may come only meanwhile."""
     told = threading.Event()
     with hurried(tmp_path) as (manager, clock, skipped), GatedStorage(manager._storage, "write_file") as gate:
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager._sinks = (*manager._sinks, lambda event: told.set() if isinstance(event, Skipped) else None)
         manager.save_async(2, state(2), force=True)
 
@@ -616,7 +616,7 @@ def stage_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
 
 def wait_for_a_place_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
     with CheckpointManager(path, 1000) as manager, GatedStorage(manager._storage, "write_file") as gate:
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager.save_async(4, own_state(4), force=True)
 
         def release() -> None:
@@ -788,7 +788,7 @@ def skip_by_the_clock(link: Link, path: str) -> list[Any]:
         CheckpointManager(path, save_policy=AtEachStepByTheClock(), on_busy="skip") as manager,
         GatedStorage(manager._storage, "write_file") as gate,
     ):
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager.save_async(1, own_state(1), force=True)
         taken = [manager.save_async(step, own_state(step)) for step in range(2, 300)]
         gate.open()
@@ -849,7 +849,7 @@ def test_a_request_that_a_stopped_rank_did_not_hear_is_made_again(
 
 def close_while_preempted(link: Link, path: str, victim: int) -> list[Any]:
     with CheckpointManager(path, 1000) as manager, GatedStorage(manager._storage, "write_file") as gate:
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager.save_async(1, own_state(1), force=True)
 
         def release() -> None:
@@ -891,7 +891,7 @@ def hurry(link: Link, path: str, grace_of: dict[int, float], seconds_of: list[fl
     ):
         manager._grace.clock = manager._pace.clock = clock
         manager.save(1, own_state(1), force=True)
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager.save_async(2, own_state(2), force=True)
         gate.wait_reached()
         report(link)

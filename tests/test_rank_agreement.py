@@ -344,10 +344,10 @@ class History:
         storage = manager._storage
         if is_culprit and verb not in ("", "stage"):
             broken = FaultyStorage(storage, verb, nth=1, moment=moment)  # type: ignore[arg-type]
-            manager._storage = manager._saver.storage = broken
+            manager._storage = manager._saver.committer.storage = broken
         outcome = attempt(lambda: self.run_one(operation, is_culprit and verb == "stage"))
         manager._writer.join()
-        manager._storage = manager._saver.storage = storage
+        manager._storage = manager._saver.committer.storage = storage
         dist.barrier()
         steps = self.manager.all_steps()
         if self.rank == 0:

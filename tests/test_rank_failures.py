@@ -91,7 +91,7 @@ def held_manager(
     """One that has saved step 1 on all ranks, and from now on holds at the gate."""
     events = [on_event, lambda event: gate(type(event).__name__)]
     manager = CheckpointManager(path, 1, stager=HeldStager(gate), events=events, timeout=60.0, **options)
-    manager._storage = manager._saver.storage = HeldStorage(manager._storage, gate)
+    manager._storage = manager._saver.committer.storage = HeldStorage(manager._storage, gate)
     manager.save(1, state(1))
     manager._ranks.agree([], phase="all have saved it")
     # Only now: on a busy machine it could be too short for the constructor.

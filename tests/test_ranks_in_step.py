@@ -181,7 +181,7 @@ def fail_to_write(link: Link, path: str) -> list[Any]:
     with CheckpointManager(path, 1, max_pending_async=2, events=[seen.append]) as manager:
         manager.save(1, state(1))
         if link.rank == 2:
-            manager._saver.storage = FaultyStorage(manager._storage, "write_file", nth=1)
+            manager._saver.committer.storage = FaultyStorage(manager._storage, "write_file", nth=1)
         taken = manager.save_async(2, state(2))
         manager._writer.join()  # it has failed, and nobody was told
         left = (pathlib.Path(path) / "2").exists()
@@ -210,7 +210,7 @@ def hear_late(link: Link, path: str) -> list[Any]:
 
     with CheckpointManager(path, 1, max_pending_async=2, events=[hold_back]) as manager:
         if link.rank == 1:
-            manager._saver.storage = FaultyStorage(manager._storage, "write_file", nth=1)
+            manager._saver.committer.storage = FaultyStorage(manager._storage, "write_file", nth=1)
         manager.save_async(1, state(1))
         if link.rank != 3:
             manager._writer.join()
@@ -235,7 +235,7 @@ def test_a_rank_that_hears_late_of_a_failure_raises_it_at_the_same_call(four: Cr
 def join_on_rank_0_alone(link: Link, path: str) -> list[Any]:
     with CheckpointManager(path, 1) as manager:
         if link.rank == 2:
-            manager._saver.storage = FaultyStorage(manager._storage, "write_file", nth=1)
+            manager._saver.committer.storage = FaultyStorage(manager._storage, "write_file", nth=1)
         manager.save_async(1, state(1))
         joined = attempt(manager.join) if link.rank == 0 else None
         manager._writer.join()
@@ -259,7 +259,7 @@ def fail_to_commit(link: Link, path: str) -> list[Any]:
     with CheckpointManager(path, 1) as manager:
         manager.save(1, state(1))
         if link.rank == 0:
-            manager._saver.storage = FaultyStorage(manager._storage, "create", nth=1)
+            manager._saver.committer.storage = FaultyStorage(manager._storage, "create", nth=1)
         manager.save_async(2, state(2))
         return [
             attempt(manager.join),
@@ -439,7 +439,7 @@ def test_ranks_never_restore_two_different_saves_of_a_step(
     job.hear(1)
     own = {f"mine/rank_{rank}": torch.full((9,), 7000.0 + rank) for rank in range(4)}
     with CheckpointManager(str(run_of_three), 1) as other_run, GatedStorage(other_run._storage, "delete") as deletion:
-        other_run._saver.storage = deletion
+        other_run._saver.committer.storage = deletion
         if old_is_deleted:
             deletion.open()
         other_run.save_async(1, {"w": torch.full((1000,), 70.0)} | own)

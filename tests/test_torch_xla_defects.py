@@ -22,7 +22,7 @@ def test_cpu_tensors_are_copied_not_aliased(tmp_path: pathlib.Path) -> None:
     """There, AdamW's step saved at 2 was restored as 5."""
     step = torch.tensor(2.0)
     with CheckpointManager(str(tmp_path), 1) as manager, GatedStorage(manager._storage, "write_file") as gate:
-        manager._saver.storage = gate
+        manager._saver.committer.storage = gate
         manager.save_async(1, {"step": step})
         step.fill_(5)
         gate.open()
@@ -57,7 +57,7 @@ def test_a_resumed_run_that_saves_its_step_again_loses_none(tmp_path: pathlib.Pa
 def test_a_background_failure_is_raised(tmp_path: pathlib.Path) -> None:
     """There, save_async returned True, join() None, and nothing was said."""
     with CheckpointManager(str(tmp_path), 1) as manager:
-        manager._saver.storage = FaultyStorage(manager._storage, "write_file", nth=1)
+        manager._saver.committer.storage = FaultyStorage(manager._storage, "write_file", nth=1)
         assert manager.save_async(1, state(1))
         with pytest.raises(SaveError, match=r"step 1 .* injected fault") as raised:
             manager.join()
@@ -93,7 +93,7 @@ def test_a_failed_re_save_leaves_the_old_save(tmp_path: pathlib.Path) -> None:
     with CheckpointManager(str(tmp_path), 1) as manager:
         manager.save(1, state(1))
         for verb in ("write_file", "create"):
-            manager._saver.storage = FaultyStorage(manager._storage, verb)
+            manager._saver.committer.storage = FaultyStorage(manager._storage, verb)
             with pytest.raises(SaveError):
                 manager.save(1, state(2))
             assert_same(state(1), restored(manager, 1))

@@ -159,9 +159,9 @@ def _documents() -> list[bytes]:
 
 def small_manifest(tensors: dict[str, torch.Tensor]) -> Any:
     from asyncckpt.chunks import Chunk, ChunkTable, Key
+    from asyncckpt.commit import make_manifest
     from asyncckpt.framing import Layout, frame_of
     from asyncckpt.manifest import FileRecord, Head
-    from asyncckpt.save import make_manifest
 
     chunks, keys, at = [], {}, 0
     for key, value in tensors.items():

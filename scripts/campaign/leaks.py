@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncckpt import CheckpointManager, SaveError
+from asyncckpt.commit import SWEEP_EVERY
 from asyncckpt.events import Event, Written
-from asyncckpt.save import SWEEP_EVERY
 from asyncckpt.testing import Call, RecordingStorage
 from scripts.benchmarks.process import give_back_free_memory, own_bytes
 from scripts.campaign.row import Outcome, draws
@@ -106,7 +106,7 @@ class Leaks:
 
     def _start(self) -> None:
         self._manager = manager = self._open(self._place, events=[self._sink], retry_timeout=5.0)
-        manager._storage = manager._saver.storage = self._storage = FailingStorage(manager._storage)
+        manager._storage = manager._saver.committer.storage = self._storage = FailingStorage(manager._storage)
         for _ in range(WARM_UP):
             self._save(manager)
         self._come_to_rest(manager)

@@ -59,7 +59,7 @@ def restored(manager: CheckpointManager, step: int, num_bytes: int = 4000) -> di
 
 def use(manager: CheckpointManager, wrap: Callable[[Storage], Storage]) -> Any:
     """From now on `manager` sees its storage through `wrap`."""
-    manager._storage = manager._saver.storage = wrap(manager._storage)
+    manager._storage = manager._saver.committer.storage = wrap(manager._storage)
     return manager._storage
 
 
@@ -549,7 +549,7 @@ def test_a_bucket_that_lets_nothing_be_deleted_is_told_of_once(tmp_path: Path) -
         assert [event.phase for event in seen if isinstance(event, Failed)] == ["prune"]
         assert storage.count("delete") <= 6
         assert manager.all_steps() == [5]
-        manager._storage = manager._saver.storage = storage.inner
+        manager._storage = manager._saver.committer.storage = storage.inner
         manager.save(6, state(6))
         manager.join()
         assert strays(Place(str(tmp_path), {}), storage.inner, [6]) == []
@@ -686,7 +686,7 @@ from asyncckpt.testing import FaultyStorage
 from tests.faults.test_failures import MIB, state
 
 managers = [CheckpointManager(url, max_pending_async=3) for url in sys.argv[1:]]
-managers[2]._saver.storage = FaultyStorage(managers[2]._storage, "create")
+managers[2]._saver.committer.storage = FaultyStorage(managers[2]._storage, "create")
 for step in (1, 2, 3):
     for manager in managers[:2]:
         manager.save_async(step, state(step, 8 * MIB))

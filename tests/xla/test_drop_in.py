@@ -206,7 +206,7 @@ def test_a_step_saved_again_by_a_resumed_run_stays(tmp_path: pathlib.Path) -> No
 def test_a_save_that_failed_in_the_background_is_heard_of(tmp_path: pathlib.Path) -> None:
     """torch_xla's manager says nothing, not even in the log."""
     with CheckpointManager(str(tmp_path), 1) as manager:
-        manager._saver.storage = FaultyStorage(manager._storage, "write_file", nth=1)
+        manager._saver.committer.storage = FaultyStorage(manager._storage, "write_file", nth=1)
         assert manager.save_async(1, state(1))
         with pytest.raises(SaveError, match=r"step 1 .* injected fault"):
             manager.join()
