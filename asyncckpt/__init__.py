@@ -27,14 +27,14 @@ General layout, in the order in which a save passes through it (each module impo
     read, read_items                  and back: ranges of files; load plans
     boxes, read_whole                 which chunks make up a rank's part of a tensor; what needs no plan
     sharing, read_once                which rank reads what several want; and passes it on
-    restore, commit                   one step: read; made visible, and what is over cleared away
-    save, verify                      the writer thread's half of a manager; the bytes of a step, all looked at
+    restore, save, verify             one step; `save` is the writer thread's half of a manager
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names
     rng, loader                       random streams, the place in the data
     object_state                      any other object's state
     train_state, state                all of a run's state as one; a user's state as what is saved
-    arguments, writer, manager        what users pass in; the background thread; the order of calls
+    arguments, writer                 what users pass in; the background thread
+    restorer, manager                 a restore on all ranks; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
     testing                           what every storage must do, for our tests and yours
     cli, __main__                     the command

@@ -15,20 +15,42 @@ Every message says what happened, what is still safe and what to do next. Wrong 
 
 from __future__ import annotations
 
+UNCHANGED = "Nothing was changed."
+
 
 class CheckpointError(Exception):
     """Base of the tree. Attributes are None where they do not apply.
 
     step: the step concerned. url: the run's URL, without credentials. rank: the rank where it happened.
+    outcome: what became of the state being restored, a sentence that ends the text's first line; "" where the rest of
+    the text says it.
     """
 
     def __init__(
-        self, message: str, *, step: int | None = None, url: str | None = None, rank: int | None = None
+        self,
+        message: str,
+        *,
+        step: int | None = None,
+        url: str | None = None,
+        rank: int | None = None,
+        outcome: str = "",
     ) -> None:
         super().__init__(message)
         self.step = step
         self.url = url
         self.rank = rank
+        self.outcome = outcome
+
+    @property
+    def what(self) -> str:
+        """The text without `outcome`."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        if not self.outcome:
+            return self.what
+        first, newline, rest = self.what.partition("\n")
+        return f"{first.removesuffix('.')}. {self.outcome}{newline}{rest}"
 
 
 class SaveError(CheckpointError):
@@ -65,3 +87,10 @@ class StateMismatchError(RestoreError):
 
 class UnsafeObjectError(CheckpointError):
     """An object needs code that `weights_only` loading plus `safe_globals` does not allow."""
+
+
+def located(error: Exception, step: int, url: str, rank: int) -> Exception:
+    """`error`, saying where it happened."""
+    if isinstance(error, CheckpointError):
+        error.step, error.url, error.rank = step, url, rank
+    return error

@@ -1,8 +1,8 @@
 """`CheckpointManager`: the order of calls, and what the training thread and the ranks see of it.
 
 A save, top to bottom: `should_save` -> a free place in the queue -> `snapshot` -> agreement and plan -> the writer
-thread (save.py), which writes, commits and prunes. A restore: which step, on all ranks -> restore.py -> agreement that
-all could. Nothing here moves bytes, and the writer thread never calls back into this file.
+thread (save.py), which writes, commits and prunes. A restore: no copy in flight -> restorer.py. Nothing here moves
+bytes, and the writer thread never calls back into this file.
 """
 
 from __future__ import annotations
@@ -13,79 +13,37 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from asyncckpt import events
 from asyncckpt.arguments import check_arguments, check_retry_timeout, check_step, finite_metrics, json_metadata
-from asyncckpt.commit import Committer, SaveJob
-from asyncckpt.errors import (
-    CheckpointError,
-    DamagedStepError,
-    RestoreError,
-    SaveError,
-    StateMismatchError,
-    StepNotFoundError,
-    UnsafeObjectError,
-)
+from asyncckpt.errors import CheckpointError, SaveError, located
 from asyncckpt.events import log_events
 from asyncckpt.index import RunIndex
 from asyncckpt.plan import SavePlanning
 from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
 from asyncckpt.preemption import GracePeriod, SavePace, SigtermHandler, in_ms, why_too_late
 from asyncckpt.ranks import Ranks
-from asyncckpt.restore import (
-    HALF_RESTORED,
-    UNCHANGED,
-    Index,
-    OpenStep,
-    Restoring,
-    open_step,
-    prepare,
-    read,
-    read_index,
-)
-from asyncckpt.save import Saver
-from asyncckpt.state import State, for_restore, for_save, num_bytes_of, take_restored
+from asyncckpt.restorer import Restorer
+from asyncckpt.save import SaveJob, Saver
+from asyncckpt.state import State, for_save, num_bytes_of
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
 from asyncckpt.storage import RETRY_S, open_storage
 from asyncckpt.sync_point import SyncPoint
 from asyncckpt.train_state import TrainState
-from asyncckpt.verify import VerifyReport, data_files, file_problems, verify_step
+from asyncckpt.verify import VerifyReport
 from asyncckpt.writer import BackgroundWriter
 from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager, StagedSnapshot, StagingError
 
 _NO_STEP = -1
 PREEMPTION, CLOCK = "SIGTERM", "clock"
 _STAGED, _FAILED, _FAILED_BEFORE = 0, 1, 2
-_DONE, _DAMAGED, _IMPOSSIBLE = 0, 1, 2
-T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Tries:
-    """What a restore has come to so far. walks: goes on with another step. skipped: {step: why}. changed: {step: this
-    rank's keys that it overwrites}."""
-
-    walks: bool = False
-    verify: bool = False
-    skipped: dict[int, str] = field(default_factory=dict)
-    changed: dict[int, set[str]] = field(default_factory=dict)
-
-    def check_overwritten_by(self, restoring: Restoring) -> None:
-        """That what earlier tries have changed does not stay."""
-        left = sorted(set[str]().union(*self.changed.values()) - restoring.overwrites)
-        if left:
-            raise StateMismatchError(f"{len(left)} keys of those are not in this one: {', '.join(left[:8])}")
-
-    def consequence(self) -> str:
-        return "The state may be half overwritten: do not train on." if self.changed else "Nothing was changed."
 
 
 class CheckpointManager:
@@ -175,10 +133,9 @@ class CheckpointManager:
         try:
             self._ranks = Ranks.join(process_group, timeout_s=timeout, tell=partial(_tell, self._sinks, self.url))
             kept = _union(KeepLast(max_to_keep) if max_to_keep else None, keep)
-            committer = Committer(
-                self._storage, self._index, kept, self._emit_in_background, self._ranks.rank, self._ranks.world_size
-            )
-            self._saver = Saver(committer, self._ranks, timeout, self._writer.pause)
+            self._saver = Saver(
+                self._storage, self._ranks, self._index, kept, self._emit_in_background, timeout, self._writer.pause
+            )  # fmt: skip
             self._list_steps()
             self._read_once = bool(self._ranks.agree([read_once], phase="construct")[0][0])
         except BaseException:
@@ -376,7 +333,7 @@ class CheckpointManager:
                 view = self._view(step, state)
                 snapshot = self._snapshot(view, borrow)
             except Exception as exc:
-                status, failure = _FAILED, self._located(exc, step)
+                status, failure = _FAILED, located(exc, step, self.url, self._ranks.rank)
         try:
             structure = getattr(snapshot, "structure", None)
             is_new = not self._planning.is_current(structure)
@@ -538,10 +495,7 @@ class CheckpointManager:
         the data of a save that died, is no damage. Memory: 64 MiB. Raises DamagedStepError that lists what differs;
         StepNotFoundError; RestoreError: the step cannot be read.
         """
-        self._check_known(step)
-        self._writer.join()  # a step saved again has its old `.metadata` until the writer comes to it
-        with self._reading(step):
-            return verify_step(self._storage, str(step))
+        return self._restorer().verify(step)
 
     # -- restoring
 
@@ -557,7 +511,8 @@ class CheckpointManager:
         manifest or a missing file, `state_dict` may be half overwritten, and they say so.
         """
         self._check_open()
-        self._restore(step, state_dict, strict, _Tries())
+        self.wait_staged()
+        self._restorer().restore(step, state_dict, strict=strict)
 
     def restore_latest(self, state_dict: TrainState | dict[str, Any], *, verify: bool = False) -> int | None:
         """Restore the step committed last, or, where that is damaged, the one before it, and so on; the step restored.
@@ -571,212 +526,14 @@ class CheckpointManager:
         """
         self._check_open()
         self._writer.join()
-        tries = _Tries(walks=True, verify=verify)
-        for step, _ in reversed(self._index.by_commit()):
-            try:
-                self._restore(step, state_dict, False, tries)
-            except DamagedStepError as exc:
-                tries.skipped[step] = str(exc).removesuffix(UNCHANGED).removesuffix(HALF_RESTORED).rstrip(" .")
-                last_error = exc
-            else:
-                return step
-        if tries.skipped:
-            reasons = "".join(f"\n  step {step}: {reason}" for step, reason in tries.skipped.items())
-            raise DamagedStepError(
-                f"no step at {self.url} is whole, tried {list(tries.skipped)}. {tries.consequence()}{reasons}",
-                url=self.url,
-            ) from last_error
-        return None
-
-    def _restore(self, step: int, state: TrainState | dict[str, Any], strict: bool, tries: _Tries) -> None:
-        started = time.perf_counter()
-        self._ranks.step = step
         self.wait_staged()
-        for _ in range(3):  # once more if another run saves the step anew while we read it
-            # Two agreements, so that nothing is changed on any rank while one has found that it cannot restore.
-            sequences, restoring = self._on_all_ranks(step, self._prepare, state, tries, self._shared_index(step))
-            if len(set(sequences)) > 1:
-                continue
-            ignored = self._unasked_by_all(restoring.unasked)
-            if strict and ignored:
-                raise StateMismatchError(
-                    f"step {step} at {self.url} has {len(ignored)} keys that are in no rank's state dict. "
-                    f"{tries.consequence()}\n  " + "\n  ".join(f"not in the state dict: {key!r}" for key in ignored),
-                    step=step, url=self.url,
-                )  # fmt: skip
-            if tries.verify and min(self._on_all_ranks(step, self._verify_share, restoring.step)[0]) < 0:
-                continue
-            tries.changed[step] = restoring.overwrites
-            num_bytes, _ = self._on_all_ranks(step, self._read, state, restoring)
-            if min(num_bytes) >= 0:
-                self._emit_now(
-                    events.Restored, step, num_bytes=num_bytes[self._ranks.rank],
-                    restore_s=time.perf_counter() - started, ignored_keys=ignored, checksums=restoring.checksums,
-                    skipped_steps=tuple(tries.skipped), skip_reasons=tuple(tries.skipped.values()),
-                )  # fmt: skip
-                return
-        raise RestoreError(
-            f"step {step} at {self.url} was saved again by another run each time it was read. {tries.consequence()} "
-            "Restore another step, or end one of the two runs.",
-            step=step, url=self.url,
-        )  # fmt: skip
+        return self._restorer().restore_latest(state_dict, verify=verify)
 
-    def _on_all_ranks(self, step: int, work: Callable[..., tuple[int, T]], *args: Any) -> tuple[list[int], T]:
-        """(every rank's number, this rank's other result) of `work(step, *args)`, if it succeeds on every rank. A
-        collective call.
-
-        Else every rank raises: the gravest failure, or which rank had it. A failure on this rank that is less grave is
-        no reason to raise it: `restore_latest` walks on after damage, and must do so on all ranks or on none.
-        """
-        number = 0
-        failure: Exception | None = None
-        try:
-            number, result = work(step, *args)
-        except Exception as exc:
-            failure = self._located(exc, step)
-            self._emit_now(events.Failed, step, phase="restore", error=failure)
-        outcome = _DONE if failure is None else _DAMAGED if isinstance(failure, DamagedStepError) else _IMPOSSIBLE
-        rows = self._ranks.agree([step, outcome, number], phase="restore")
-        gravest = max(_IMPOSSIBLE if other != step else theirs for other, theirs, _ in rows)
-        if failure is not None and outcome == gravest:
-            raise failure
-        for rank, (other, theirs, _) in enumerate(rows):
-            if other != step or _DONE != theirs == gravest:
-                what = f"restores step {other}" if other != step else "could not restore, see its error"
-                kind = DamagedStepError if gravest == _DAMAGED else RestoreError
-                message = f"rank {rank} {what}, while rank {self._ranks.rank} restores step {step} at {self.url}"
-                raise kind(message, step=step, url=self.url, rank=rank) from failure
-        return [row[2] for row in rows], result
-
-    def _unasked_by_all(self, unasked: tuple[str, ...]) -> tuple[str, ...]:
-        """Keys of the checkpoint that no rank asks for: the stages of a pipeline, say, ask for different ones."""
-        candidates = self._ranks.broadcast_object(unasked, phase="restore")
-        if not candidates:
-            return ()
-        asked = self._ranks.gather_objects(set(candidates) - set(unasked), phase="restore")
-        return self._ranks.broadcast_object(tuple(sorted(set(candidates).difference(*asked))), phase="restore")
-
-    def _shared_index(self, step: int) -> Index | None:
-        """With `read_once` the manifest as rank 0 read it. None: each rank reads it, and hears what is wrong."""
-        if not self._read_once or self._ranks.world_size == 1:
-            return None
-        rows = self._ranks.agree([step], phase="restore")
-        if any(row != [step] for row in rows):
-            return None
-        index = None
-        if self._ranks.is_coordinator:
-            with contextlib.suppress(OSError, CheckpointError):
-                index = read_index(self._storage, str(step))
-        return self._ranks.broadcast_object(index, phase="restore")
-
-    def _prepare(
-        self, step: int, state: TrainState | dict[str, Any], tries: _Tries, index: Index | None
-    ) -> tuple[int, Restoring]:
-        """(sequence number of the save to be read, how)."""
-        self._check_known(step)
-        try:
-            opened = self._open(step, index)
-            target = for_restore(state, opened.saved, self._ranks.rank, self._ranks.world_size)
-            restoring = prepare(
-                self._storage, opened, target, is_coordinator=self._ranks.is_coordinator,
-                load_planner=self._load_planner, safe_globals=self._safe_globals,
-            )  # fmt: skip
-            tries.check_overwritten_by(restoring)
-        except StepNotFoundError as exc:
-            if not tries.walks:
-                raise
-            raise DamagedStepError(
-                f"step {step} at {self.url} was listed and is gone; if another run drops steps there, refresh() lists "
-                f"them anew. {UNCHANGED}"
-            ) from exc
-        except DamagedStepError as exc:
-            if not tries.changed:
-                raise
-            raise DamagedStepError(str(exc).replace(UNCHANGED, HALF_RESTORED)) from exc
-        except StateMismatchError as exc:
-            if not tries.changed:
-                raise
-            raise RestoreError(
-                f"step {step} at {self.url} does not fit the state, which was half overwritten by steps "
-                f"{list(tries.changed)}: do not train on. Make the state anew and restore step {step} into it. "
-                + str(exc).replace(" Nothing was changed.", ""),
-                step=step, url=self.url,
-            ) from exc  # fmt: skip
-        return opened.sequence, restoring
-
-    def _verify_share(self, step: int, opened: OpenStep) -> tuple[int, None]:
-        """Every so-many-th file; (-1: another run saved the step anew, None)."""
-        if opened.manifest is None:
-            return 0, None
-        files = data_files(opened, opened.manifest)[self._ranks.rank :: self._ranks.world_size]
-        with self._reading(step):
-            problems = list(file_problems(self._storage, opened, opened.manifest, files))
-        if problems and self._was_replaced(opened):
-            return -1, None
-        if problems:
-            raise DamagedStepError(f"{'; '.join(problems)}. {UNCHANGED}", step=step, url=self.url)
-        return 0, None
-
-    def _read(self, step: int, state: TrainState | dict[str, Any], restoring: Restoring) -> tuple[int, None]:
-        """(bytes read, or -1: another run saved the step anew and deleted the files we were reading)."""
-        try:
-            num_bytes = read(self._storage, restoring, self._ranks, read_once=self._read_once)
-        except DamagedStepError as exc:
-            if isinstance(exc.__cause__, FileNotFoundError) and self._was_replaced(restoring.step):
-                return -1, None
-            raise DamagedStepError(f"{exc}. {HALF_RESTORED}", step=step, url=self.url) from exc
-        except UnsafeObjectError as exc:
-            raise UnsafeObjectError(f"{exc} {HALF_RESTORED}", step=step, url=self.url) from exc
-        except OSError as exc:
-            raise RestoreError(
-                f"step {step} at {self.url} cannot be read: {exc}. The state may be half overwritten: restore it again "
-                "before training on, or another step if it stays so.",
-                step=step, url=self.url,
-            ) from exc  # fmt: skip
-        if num_bytes is None:  # its error comes with the agreement
-            return 0, None
-        take_restored(state, restoring.target)
-        return num_bytes, None
-
-    def _was_replaced(self, opened: OpenStep) -> bool:
-        """Whether another run has saved the step anew, and so deletes the files of this save."""
-        try:
-            now = open_step(self._storage, opened.folder)
-        except (CheckpointError, OSError):
-            return False
-        return now.manifest is not None and now.sequence != opened.sequence
-
-    def _open(self, step: int, index: Index | None = None) -> OpenStep:
-        with self._reading(step):
-            return open_step(self._storage, str(step), index)
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """What storage raises, in words; for reads that change nothing."""
-        try:
-            yield
-        except StepNotFoundError as exc:
-            raise self._unknown(step) from exc
-        except OSError as exc:
-            raise RestoreError(
-                f"step {step} at {self.url} cannot be read: {exc}. Nothing was changed.", step=step, url=self.url
-            ) from exc
-        except CheckpointError as exc:
-            raise self._located(exc, step) from exc.__cause__
-
-    def _check_known(self, step: int) -> None:
-        check_step(step)
-        if step not in self._index.all_steps() and not self._index.is_foreign(step):
-            self._writer.join()  # it may be in flight
-            if step not in self._index.all_steps():
-                raise self._unknown(step)
-
-    def _unknown(self, step: int) -> StepNotFoundError:
-        known = self.all_steps()
-        return StepNotFoundError(
-            f"there is no whole step {step} at {self.url}; committed are {known or 'none'}. Nothing was changed. "
-            "If another run writes there, call refresh() first.",
-            known=known, step=step, url=self.url,
+    def _restorer(self) -> Restorer:
+        """For one call."""
+        return Restorer(
+            self._storage, self._ranks, self._index, self.all_steps, self._emit_now, self._writer.join,
+            load_planner=self._load_planner, safe_globals=self._safe_globals, read_once=self._read_once,
         )  # fmt: skip
 
     # -- the rest
@@ -802,7 +559,7 @@ class CheckpointManager:
         self._writer.close()
         self._is_released = True
         try:
-            self._saver.committer.look_again()
+            self._saver.look_again()
             if meet:
                 self._ranks.step = _NO_STEP
                 with contextlib.suppress(CheckpointError):  # one is gone: what was committed is committed
@@ -826,12 +583,6 @@ class CheckpointManager:
                     f"lost if the process is killed now. Committed are {self.all_steps() or 'none'}",
                 )  # fmt: skip
                 return
-
-    def _located(self, error: Exception, step: int) -> Exception:
-        """`error`, saying where it happened."""
-        if isinstance(error, CheckpointError):
-            error.step, error.url, error.rank = step, self.url, self._ranks.rank
-        return error
 
     def _close_at_exit(self) -> None:
         """Whatever hangs must not keep the process from ending."""

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
-from asyncckpt.errors import StateMismatchError
+from asyncckpt.errors import UNCHANGED, StateMismatchError
 from asyncckpt.optimizer_layout import by_name, flat, is_saved_flat, with_groups
 from asyncckpt.prime import prime_optimizer
 
@@ -194,9 +194,10 @@ class OptimizerState:
                 if int(index) >= len(groups):
                     raise StateMismatchError(
                         f"the checkpoint has more parameter groups than the {len(groups)} of "
-                        f"{type(self.optimizer).__name__}. Nothing was changed. Call add_param_group as the saved run "
-                        "did, then restore. If ranks differ in their groups, as the stages of a pipeline may, give the "
-                        "TrainState StateDictOptions(flatten_optimizer_state_dict=True)."
+                        f"{type(self.optimizer).__name__}. Call add_param_group as the saved run did, then restore. If "
+                        "ranks differ in their groups, as the stages of a pipeline may, give the TrainState "
+                        "StateDictOptions(flatten_optimizer_state_dict=True)",
+                        outcome=UNCHANGED,
                     )
                 yield groups[int(index)], option, entry
 

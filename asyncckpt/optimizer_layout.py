@@ -131,5 +131,6 @@ def _check_same(options: Mapping[str, Mapping[str, Any]], names: Sequence[str]) 
             if not is_same:
                 raise StateMismatchError(
                     f"{known[0]!r} and {name!r} are in one parameter group, but were saved with {option}={first!r} and "
-                    f"{value!r}. The state is half restored: do not train on. Make the groups as the saved run did."
+                    f"{value!r}. Make the groups as the saved run did",
+                    outcome="The state is half restored: do not train on.",
                 )

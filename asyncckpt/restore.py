@@ -2,7 +2,7 @@
 
 Nothing of the target is touched before keys, shapes and dtypes were compared. A step is opened by its manifest; a
 foreign one (stock DCP) by its `.metadata` through the restricted unpickler. Reading and verifying bytes is read.py's
-job; which step is newest, and what the ranks agree on, is manager.py's.
+job; which step is newest, and what the ranks agree on, is restorer.py's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from asyncckpt.boxes import PLAIN
 from asyncckpt.chunks import Chunk, Key, Keys, Placement, keys_of
 from asyncckpt.dcp_metadata import metadata_of, unpickle_metadata
-from asyncckpt.errors import DamagedStepError, RestoreError, StateMismatchError, StepNotFoundError
+from asyncckpt.errors import UNCHANGED, DamagedStepError, RestoreError, StateMismatchError, StepNotFoundError
 from asyncckpt.framing import encode_object
 from asyncckpt.manifest import Head, Manifest, ManifestError, decode_manifest
 from asyncckpt.objects import load_object
@@ -45,8 +45,7 @@ from asyncckpt.read_whole import Whole, find_whole, read_whole
 from asyncckpt.steps import DCP_METADATA, StepFiles, is_attempt_of, manifest_name, read_step_files
 from asyncckpt.storage import Storage
 
-UNCHANGED = "Nothing was changed. Restore another step, or use restore_latest, which skips this one."
-HALF_RESTORED = "The state may be half overwritten: restore a whole step into it before training on."
+PASS_OVER = f"{UNCHANGED} Restore another step, or use restore_latest, which skips this one."
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +160,7 @@ def _decode(storage: Storage, folder: str, path: str, data: bytes) -> Manifest:
         manifest = decode_manifest(data)
         _check_place(manifest.head, folder, path)
     except (ManifestError, TypeError, ValueError) as exc:  # the latter: of a head with other types in it
-        raise DamagedStepError(f"the manifest {path} at {storage.url} is damaged: {exc}. {UNCHANGED}") from exc
+        raise DamagedStepError(f"the manifest {path} at {storage.url} is damaged: {exc}", outcome=PASS_OVER) from exc
     return manifest
 
 
@@ -203,7 +202,7 @@ def _open_foreign(storage: Storage, folder: str) -> OpenStep:
     try:
         metadata = unpickle_metadata(storage.read_file(path))
     except ValueError as exc:
-        raise DamagedStepError(f"{path} at {storage.url} is damaged: {exc}. Nothing was changed.") from exc
+        raise DamagedStepError(f"{path} at {storage.url} is damaged: {exc}", outcome=UNCHANGED) from exc
     lacking: dict[str, str] = {}
     for index, info in metadata.storage_data.items():
         if not isinstance(info, _StorageInfo) or info.transform_descriptors:
@@ -282,7 +281,7 @@ def prepare(
     compare(targets, step.keys, where, load_planner is None)
     if lost := list(dict.fromkeys(what for key, what in step.lacking.items() if key in targets)):
         named = "; ".join(lost[:8]) + ("; ..." if len(lost) > 8 else "")
-        raise DamagedStepError(f"{where} is damaged: {named}. {UNCHANGED}", url=storage.url)
+        raise DamagedStepError(f"{where} is damaged: {named}", url=storage.url, outcome=PASS_OVER)
     whole, planned = None, None
     if load_planner is not None:
         planner = copy.copy(load_planner)
@@ -374,8 +373,8 @@ def compare(targets: Mapping[str, Leaf], keys: Keys, where: str, check_missing: 
     if problems:
         problems.sort(key=lambda text: not text.startswith("missing"))
         raise StateMismatchError(
-            f"{where} does not fit the state dict, {len(problems)} keys differ. Nothing was changed.\n  "
-            + "\n  ".join(problems)
+            f"{where} does not fit the state dict, {len(problems)} keys differ\n  " + "\n  ".join(problems),
+            outcome=UNCHANGED,
         )
 
 

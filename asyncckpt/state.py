@@ -1,7 +1,7 @@
 """A user's state as the nested dict that is saved, or restored into; and back again.
 
 The one place that knows the three forms a state may have: a TrainState, a dict with Stateful values at its top level,
-and a plain nested dict with `PerRank` values anywhere. Called by manager.py.
+and a plain nested dict with `PerRank` values anywhere. Called by manager.py and restorer.py.
 """
 
 from __future__ import annotations

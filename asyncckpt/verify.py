@@ -2,7 +2,7 @@
 
 All files are read in pieces, some at a time, into a few buffers. Only a file that differs is looked at once more, to
 tell which of its items are hit. What is in the folder besides what the manifest names (the data of a save that died)
-is not looked at: nothing reads it, and the next commit removes it. Called by manager.py and cli.py.
+is not looked at: nothing reads it, and the next commit removes it. Called by restorer.py and cli.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from asyncckpt.chunks import Chunk, ChunkTable, payload_bytes_of
-from asyncckpt.errors import DamagedStepError
+from asyncckpt.errors import UNCHANGED, DamagedStepError
 from asyncckpt.framing import BLOCK_BYTES, crc32, crc32_combine
 from asyncckpt.manifest import FileRecord, Manifest
 from asyncckpt.parallel import for_each
@@ -56,9 +56,9 @@ def verify_step(storage: Storage, folder: str, tell: Tell = lambda num_bytes: No
     report, problems = find_damage(storage, folder, tell)
     if problems:
         raise DamagedStepError(
-            f"the checkpoint at {join(storage.url, folder)} is damaged. Nothing was changed.\n  "
-            + "\n  ".join(problems),
+            f"the checkpoint at {join(storage.url, folder)} is damaged\n  " + "\n  ".join(problems),
             url=storage.url,
+            outcome=UNCHANGED,
         )
     return report
 

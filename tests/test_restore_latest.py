@@ -22,7 +22,7 @@ from asyncckpt import (
     UnsafeObjectError,
 )
 from asyncckpt.events import log_events
-from asyncckpt.testing import RecordingStorage
+from asyncckpt.testing import FaultyStorage, RecordingStorage
 from tests.exact import bits
 from tests.states import assert_same, state, target_like
 from tests.test_verify import data_file, flip, manifest_of
@@ -168,6 +168,20 @@ def test_a_restore_that_finds_damage_on_its_way_says_that_the_state_is_no_good(r
     ):
         manager.restore(2, target)
     assert target["n"] == -1
+
+
+def test_a_step_that_cannot_be_read_after_a_damaged_one_does_not_say_that_nothing_was_changed(
+    run: pathlib.Path,
+) -> None:
+    """The damaged one was half read by then."""
+    flip_payload(run, 2, "w")
+    with CheckpointManager(str(run)) as manager:
+        manager._storage = FaultyStorage(manager._storage, "list_files", nth=2)
+        with pytest.raises(RestoreError, match=r"step 1 at .* cannot be read: .*injected fault") as raised:
+            manager.restore_latest(state(-1))
+    assert raised.value.outcome.startswith("The state may be half overwritten")
+    assert "Nothing was changed" not in str(raised.value)
+    assert raised.value.step == 1
 
 
 class Vanishing(RecordingStorage):

@@ -415,13 +415,15 @@ class CheckpointManager(asyncckpt.CheckpointManager):
     def all_steps(self) -> list[int]:
         return sorted({*super().all_steps(), *self._theirs})
 
-    def _restore(self, *args: Any, **options: Any) -> None:
-        super()._restore(*args, **options)
+    def restore(self, step: int, state_dict: TrainState | StateDict, *, strict: bool = False) -> None:
+        super().restore(step, state_dict, strict=strict)
         torch_xla.sync()  # read before that, a parameter that `load_state_dict` has set would lose its sharding
 
     def restore_latest(self, state_dict: TrainState | StateDict, *, verify: bool = False) -> int | None:
         step = super().restore_latest(state_dict, verify=verify)
-        if step is None and self._theirs:
+        if step is not None:
+            torch_xla.sync()  # as above
+        elif self._theirs:
             step = max(self._theirs)
             self.restore(step, state_dict)
         return step
