@@ -27,7 +27,8 @@ General layout, in the order in which a save passes through it (each module impo
     read, read_items                  and back: ranges of files; load plans
     boxes, read_whole                 which chunks make up a rank's part of a tensor; what needs no plan
     sharing, read_once                which rank reads what several want; and passes it on
-    restore, save, verify             one step; `save` is the writer thread's half of a manager
+    restore, commit                   one step: read; made visible, and what is over cleared away
+    save, verify                      the writer thread's half of a manager; the bytes of a step, all looked at
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names
     rng, loader                       random streams, the place in the data

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from asyncckpt import events
 from asyncckpt.arguments import check_arguments, check_retry_timeout, check_step, finite_metrics, json_metadata
+from asyncckpt.commit import Committer, SaveJob
 from asyncckpt.errors import CheckpointError, SaveError, located
 from asyncckpt.events import log_events
 from asyncckpt.index import RunIndex
@@ -31,7 +32,7 @@ from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolic
 from asyncckpt.preemption import GracePeriod, SavePace, SigtermHandler, in_ms, why_too_late
 from asyncckpt.ranks import Ranks
 from asyncckpt.restorer import Restorer
-from asyncckpt.save import SaveJob, Saver
+from asyncckpt.save import Saver
 from asyncckpt.state import State, for_save, num_bytes_of
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
 from asyncckpt.storage import RETRY_S, open_storage
@@ -133,9 +134,10 @@ class CheckpointManager:
         try:
             self._ranks = Ranks.join(process_group, timeout_s=timeout, tell=partial(_tell, self._sinks, self.url))
             kept = _union(KeepLast(max_to_keep) if max_to_keep else None, keep)
-            self._saver = Saver(
-                self._storage, self._ranks, self._index, kept, self._emit_in_background, timeout, self._writer.pause
-            )  # fmt: skip
+            committer = Committer(
+                self._storage, self._index, kept, self._emit_in_background, self._ranks.rank, self._ranks.world_size
+            )
+            self._saver = Saver(committer, self._ranks, timeout, self._writer.pause)
             self._list_steps()
             self._read_once = bool(self._ranks.agree([read_once], phase="construct")[0][0])
         except BaseException:
@@ -559,7 +561,7 @@ class CheckpointManager:
         self._writer.close()
         self._is_released = True
         try:
-            self._saver.look_again()
+            self._saver.committer.look_again()
             if meet:
                 self._ranks.step = _NO_STEP
                 with contextlib.suppress(CheckpointError):  # one is gone: what was committed is committed
