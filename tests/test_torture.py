@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -113,3 +116,41 @@ def test_every_family_is_there():
     for family in campaign.FAMILIES:
         source = (Path(campaign.__file__).parent / f"{family}.py").read_text()
         assert "\ndef rows(" in source, family
+
+
+WAITING = """
+import signal, sys, types
+from contextlib import contextmanager
+from scripts.campaign import __main__ as campaign
+from scripts.campaign.row import Row
+
+@contextmanager
+def rows(scratch, seed):
+    def wait(number):
+        print(scratch, file=sys.stderr, flush=True)
+        signal.pause()
+    yield [Row("sample", "waits", 1, 1, wait)]
+
+sys.modules["scripts.campaign.sample"] = types.SimpleNamespace(rows=rows)
+campaign.main(["--family", "sample"])
+"""
+STARTS_IT = """
+import subprocess, sys
+from scripts.campaign import __main__ as campaign
+
+subprocess.run(campaign._ending_with_us([sys.executable, "-c", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="nothing else tells a process that its parent is gone")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_family_ends_with_the_command_and_leaves_no_folder(number: signal.Signals):
+    """However the command ends."""
+    command = [sys.executable, "-c", STARTS_IT, WAITING]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+        assert process.stderr is not None
+        scratch = Path(process.stderr.readline().strip())
+        assert scratch.is_dir()
+        process.send_signal(number)
+        process.stderr.read()  # until the family is gone, too
+    assert not scratch.exists()

@@ -2,7 +2,7 @@
 
 Each family runs in a process of its own, some at a time: what one leaks, or crashes with, is nothing to the next. It
 tells this one in lines of JSON what became of each attempt. An attempt that hangs ends its family, with the stacks of
-all threads.
+all threads; and where this process ends, however it does, so do they, with their servers and folders.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import importlib
 import json
 import os
 import queue
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -37,10 +40,12 @@ HANG_S = 300  # of one attempt; all of them have shorter limits of their own
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     if options.family:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
         return run_family(f"scripts.campaign.{options.family}", options)
     if options.fuzz:
         command = [sys.executable, "-m", "scripts.campaign.fuzz_atheris", str(options.fuzz), str(options.seed)]
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run(_ending_with_us(command), check=False).returncode
     console = Console(width=None if sys.stdout.isatty() else 140)
     families = [name for name in FAMILIES if _may_have(name, options.only)]
     lines: dict[str, Line] = {}
@@ -97,7 +102,7 @@ def _messages(families: list[str], arguments: list[str], jobs: int) -> Iterator[
         while waiting:
             family = waiting.pop(0)
             command = [sys.executable, "-m", "scripts.campaign", *arguments, "--family", family]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen(_ending_with_us(command), stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
                     told.put(json.loads(line))
@@ -111,6 +116,19 @@ def _messages(families: list[str], arguments: list[str], jobs: int) -> Iterator[
         thread.start()
     for _ in threads:
         yield from iter(told.get, None)
+
+
+def _ending_with_us(command: list[str]) -> list[str]:
+    """It gets TERM when we are gone, where setpriv exists: by KILL, or by `timeout`, too."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else command
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Once: Ctrl-C comes to the whole group, and then TERM, while what is open is being closed."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run_family(module: str, options: argparse.Namespace) -> int:
