@@ -497,6 +497,7 @@ class CheckpointManager:
         the data of a save that died, is no damage. Memory: 64 MiB. Raises DamagedStepError that lists what differs;
         StepNotFoundError; RestoreError: the step cannot be read.
         """
+        self._check_process()
         return self._restorer().verify(step)
 
     # -- restoring

@@ -381,6 +381,7 @@ def _tried_in_a_child(manager: CheckpointManager) -> list[str]:
         lambda: manager.restore(1, state(1)),
         lambda: manager.restore_latest(state(1)),
         lambda: manager.prewarm(state(1)),
+        lambda: manager.verify(1),
         manager.join,
         manager.refresh,
         manager.all_steps,
