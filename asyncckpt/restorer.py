@@ -199,11 +199,7 @@ class Restorer:
         except StepNotFoundError as exc:
             if not self._walks:
                 raise
-            raise DamagedStepError(
-                f"step {step} at {self.url} was listed and is gone; if another run drops steps there, refresh() lists "
-                "them anew",
-                outcome="" if self._changed else PASS_OVER,
-            ) from exc
+            raise self._gone(str(step)) from exc
         except StateMismatchError as exc:
             if not self._changed:
                 raise
@@ -254,12 +250,22 @@ class Restorer:
         return num_bytes, None
 
     def _was_replaced(self, opened: OpenStep) -> bool:
-        """Whether another run has saved the step anew, and so deletes the files of this save."""
+        """Whether another run has saved the step anew, and so deletes the files of this save. DamagedStepError: it has
+        dropped the step."""
         try:
             now = open_step(self.storage, opened.folder)
+        except StepNotFoundError as exc:
+            raise self._gone(opened.folder) from exc
         except (CheckpointError, OSError):
             return False
         return now.manifest is not None and now.sequence != opened.sequence
+
+    def _gone(self, step: str) -> DamagedStepError:
+        return DamagedStepError(
+            f"step {step} at {self.url} was listed and is gone; if another run drops steps there, refresh() lists "
+            "them anew",
+            outcome="" if self._changed else PASS_OVER,
+        )
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:

@@ -200,7 +200,7 @@ class Vanishing(RecordingStorage):
 
 
 def test_a_step_that_goes_while_it_is_read_leaves_no_lie(run: pathlib.Path) -> None:
-    """restore says that the state is no good, restore_latest takes the step before."""
+    """restore says that it is gone and the state no good, restore_latest takes the step before."""
     target = state(-1)
     with CheckpointManager(str(run)) as manager:
         manager.save(3, state(3))
@@ -208,13 +208,26 @@ def test_a_step_that_goes_while_it_is_read_leaves_no_lie(run: pathlib.Path) -> N
         for step in (3, 2):
             manager._storage = Vanishing(plain, run, step)
             if step == 3:
-                with pytest.raises(DamagedStepError, match="missing or too short") as raised:
+                with pytest.raises(DamagedStepError, match=r"step 3 at .* is gone; .*refresh\(\)") as raised:
                     manager.restore(3, target)
                 assert "Nothing was changed" not in str(raised.value)
                 assert "may be half overwritten" in str(raised.value)
             else:
                 assert manager.restore_latest(target) == 1
     assert_same(state(1), target)
+
+
+def test_a_step_that_goes_while_it_is_verified_is_said_to_be_gone(run: pathlib.Path) -> None:
+    """Not to be damaged."""
+    seen: list[Event] = []
+    target = state(-1)
+    with CheckpointManager(str(run), events=[seen.append]) as manager:
+        manager._storage = Vanishing(manager._storage, run, 2)
+        assert manager.restore_latest(target, verify=True) == 1
+    assert_same(state(1), target)
+    (event,) = [event for event in seen if isinstance(event, Restored)]
+    (reason,) = event.skip_reasons
+    assert reason.startswith(f"step 2 at {run} was listed and is gone")
 
 
 class Point:
