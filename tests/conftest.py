@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ _servers_used = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what is in the background so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_servers_used] = []
 
 

@@ -196,12 +196,21 @@ def test_a_step_that_goes_meanwhile_is_no_failure(run: pathlib.Path, monkeypatch
 
 
 SLOW_READ = """
-import sys, asyncckpt.cli as cli, asyncckpt.storage_local as local
+import signal, sys, threading
+import asyncckpt.cli as cli, asyncckpt.storage_local as local
+
+interrupted = threading.Event()
+
+def interrupt(*arguments):
+    interrupted.set()
+    signal.default_int_handler(*arguments)
+
+signal.signal(signal.SIGINT, interrupt)
 plain = local.LocalStorage.read_into
 def read_into(self, path, *arguments):
     if path.startswith("1/") and path.endswith(".distcp"):
         print("reading", flush=True)
-        sys.stdin.readline()
+        interrupted.wait(60)
     plain(self, path, *arguments)
 local.LocalStorage.read_into = read_into
 cli.main()
@@ -215,12 +224,12 @@ def test_ctrl_c_ends_it_with_what_it_knows(tmp_path: pathlib.Path) -> None:
             manager.save(step, state(step))
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_READ, "verify", str(tmp_path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "reading\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate("\n", timeout=60)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, (out, err)
     assert err == "interrupted; 1 steps were verified\n"
     assert re.search(r"│ +2 │.*whole", out)
