@@ -34,6 +34,7 @@ from scripts.campaign.report import Line, print_losses, print_table
 from scripts.campaign.row import Row
 
 FAMILIES = ("folder", "power", "objects", "ranks", "damage", "faults", "runs", "hostile", "fuzz")
+LOG_LINES = 100
 HANG_S = 300  # of one attempt; all of them have shorter limits of their own
 
 
@@ -102,13 +103,18 @@ def _messages(families: list[str], arguments: list[str], jobs: int) -> Iterator[
         while waiting:
             family = waiting.pop(0)
             command = [sys.executable, "-m", "scripts.campaign", *arguments, "--family", family]
-            with subprocess.Popen(_ending_with_us(command), stdout=subprocess.PIPE, text=True) as process:
+            with (
+                tempfile.TemporaryFile("w+", errors="replace") as log,  # by the thousand lines: errors are its trade
+                subprocess.Popen(_ending_with_us(command), stdout=subprocess.PIPE, stderr=log, text=True) as process,
+            ):
                 assert process.stdout is not None
                 for line in process.stdout:
                     told.put(json.loads(line))
-            if process.returncode:
-                lost = f"the family ended with status {process.returncode}, see above"
-                told.put({"key": family, "number": None, "lost": lost, "seconds": 0.0})
+                if process.wait():
+                    log.seek(0)
+                    last = "".join(log.readlines()[-LOG_LINES:])
+                    lost = f"the family ended with status {process.returncode}; the last it said:\n{last}"
+                    told.put({"key": family, "number": None, "lost": lost, "seconds": 0.0})
         told.put(None)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]

@@ -54,9 +54,9 @@ class Way:
 
 
 WAYS = (
-    Way("s3", "S3", "obstore", PART_BYTES, 20),
-    Way("s3fs", "S3 by s3fs", "fsspec", PART_BYTES, 20),
-    Way("gs", "GCS", "auto", 0, 20),
+    Way("s3", "S3", "obstore", PART_BYTES, 10),
+    Way("s3fs", "S3 by s3fs", "fsspec", PART_BYTES, 10),
+    Way("gs", "GCS", "auto", 0, 8),
 )
 
 
