@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import math
 import random
 import socket
 from typing import Any
@@ -65,12 +67,12 @@ def test_what_no_try_helps_fails_at_once(error: BaseException) -> None:
     assert num_tries == 1
 
 
-def failing(times: int) -> Any:
-    left = [OSError(errno.EBUSY, f"busy {number}") for number in range(times)]
+def failing(times: float) -> Any:
+    numbers = itertools.count()
 
     def request() -> str:
-        if left:
-            raise left.pop(0)
+        if (number := next(numbers)) < times:
+            raise OSError(errno.EBUSY, f"busy {number}")
         return "answer"
 
     return request
@@ -88,7 +90,7 @@ def test_the_last_error_passes_and_says_how_often_and_how_long(monkeypatch: pyte
     monkeypatch.setattr(retries, "CAP_S", 0.001)
     words = r"read a/file at s3://b: busy \d+; \d+ tries in 0\.\d s"
     with pytest.raises(OSError, match=words) as raised, named_client_errors("read a/file at s3://b"):
-        again(failing(10**6), 0.1)
+        again(failing(math.inf), 0.1)
     assert raised.value.errno == errno.EBUSY
 
 
@@ -100,7 +102,7 @@ def test_what_was_given_up_within_is_not_tried_from_without(monkeypatch: pytest.
 
     def listing() -> str:
         calls.append("listing")
-        return str(again(failing(10**6), 0.05))
+        return str(again(failing(math.inf), 0.05))
 
     with pytest.raises(OSError, match="busy"):
         again(listing, 600)
