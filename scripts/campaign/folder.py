@@ -258,7 +258,7 @@ class _Run:
         try:
             return work()
         except CheckpointError as exc:
-            self._expect(str(exc), r"Nothing|restore it again")
+            self._expect(str(exc), r"Nothing|half overwritten")
             return work()
 
     def _expect(self, error: str, safe: str = "") -> None:
