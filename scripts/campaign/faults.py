@@ -107,7 +107,7 @@ def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
         ways = (Way("s3", s3), Way("s3fs", s3, "fsspec"), Way("gs", gs))
         leaks = Leaks(ways[0].open, ways[0].place("leaks", endpoint), rate, seed)
         some = [
-            Row(f"faults-some-{kind}", f"5 and 20 % of requests: {what}", 1, 30, partial(some_fail, turn, kind, seed))
+            Row(f"faults-some-{kind}", f"5 and 20 % of requests: {what}", 1, 9, partial(some_fail, turn, kind, seed))
             for first, (kind, what) in enumerate(PASSING.items())
             for turn in [ways[first % 3 :] + ways[: first % 3]]  # so that the first attempts take every way
         ]
@@ -116,7 +116,7 @@ def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
                 f"faults-all-{kind}",
                 f"all of a save, until mended: {what}",
                 int(kind in QUICK),
-                15,
+                3,
                 partial(all_fail, turn, kind, seed),
             )
             for first, (kind, (what, _)) in enumerate(LASTING.items())
@@ -125,7 +125,7 @@ def rows(scratch: Path, seed: int) -> Iterator[list[Row]]:
         yield [
             *some,
             *lasting,
-            Row("faults-delete", "403 on every delete, until mended", 1, 9, partial(deletes_fail, ways, seed)),
+            Row("faults-delete", "403 on every delete, until mended", 1, 3, partial(deletes_fail, ways, seed)),
             Row("faults-leaks", f"{NUM_SAVES} saves under faults of all kinds leave nothing", 1, 20, leaks.attempt),
         ]
 
