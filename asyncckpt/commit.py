@@ -350,8 +350,9 @@ class Committer:
         try:
             current = self.index.sequence_of(leftover.step)  # the step may have been saved or dropped since
             groups, is_theirs = leftover.groups, self._is_theirs(leftover, current)
-            if is_theirs:  # so is `.metadata`
+            if is_theirs:  # so is `.metadata`, which it may not have lived to write: it would speak of what goes now
                 groups = [[name for name in group if name != DCP_METADATA] for group in groups]
+                mend_step(self.storage, str(leftover.step))
             elif leftover.mend and current is not None:
                 mend_step(self.storage, str(leftover.step), leftover.stock, leftover.sequence)
             over = [[name for name in group if current is None or not belongs_to(name, current)] for group in groups]
@@ -381,7 +382,6 @@ class Committer:
         """The step is committed, so every attempt with a lower number is over. By a listing of now: a run that was
         ending may have committed since this one began; or it may be about to, so they are marked first, and of the
         marked ones go those that have no manifest then."""
-        self.is_tidy = True
         try:
             steps = read_listing(self.storage.list_files())
             marked = {(number, name) for number, files in steps.items() for name in files.unfinished(sequence)}
@@ -394,7 +394,8 @@ class Committer:
                 for number, files in steps.items()
                 if (leftover := self._leftover(number, files, sequence, {name for at, name in marked if at == number}))
             ]
-        except OSError as exc:
+            self.is_tidy = True
+        except OSError as exc:  # the next commit tries again
             self._tell_undeleted(step, exc)
         self._delete_leftovers()
         self._sweep(step, sequence)

@@ -101,6 +101,36 @@ def test_retention_spares_what_another_run_is_about_to_commit(tmp_path: Path) ->
             manager.verify(1)
 
 
+def test_retention_mends_what_stock_readers_read_where_another_run_could_not(tmp_path: Path) -> None:
+    """It deletes the older save of a step; that is what `.metadata` speaks of if the other died before it wrote it."""
+    with CheckpointManager(str(tmp_path)) as before:
+        before.save(1, state(1))
+    with CheckpointManager(str(tmp_path), max_to_keep=1) as manager, CheckpointManager(str(tmp_path)) as other:
+        use(other, lambda s: FaultyStorage(s, "replace"))
+        other.save(1, state(10))
+        manager.save(2, state(2))
+        manager.join()
+    with CheckpointManager(str(tmp_path)) as reader:
+        assert reader.all_steps() == [1, 2]
+        reader.verify(1)
+
+
+@pytest.mark.parametrize("verb", ["list_files", "replace"])
+def test_what_could_not_be_looked_for_is_cleared_away_after_a_later_save(tmp_path: Path, verb: str) -> None:
+    """The data of a dead save, when the storage failed at the first look for them."""
+    (tmp_path / "7" / "00000001-00000000000000ab").mkdir(parents=True)
+    (tmp_path / "7" / "00000001-00000000000000ab" / "__0_0.distcp").write_bytes(b"dead")
+    with CheckpointManager(str(tmp_path)) as manager:
+        dead = {"list_files": ("",), "replace": (f"7/00000001-00000000000000ab/{DEAD_MARK}",)}[verb]
+        use(manager, lambda s: FaultyStorage(s, verb, nth=1, matches=lambda call: call.paths == dead))
+        manager.save(8, state(8))
+        manager.join()
+        assert (tmp_path / "7").exists()
+        manager.save(9, state(9))
+        manager.join()
+        assert not (tmp_path / "7").exists()
+
+
 def test_a_writer_that_is_taken_for_dead_at_its_commit_takes_it_back(tmp_path: Path) -> None:
     """It was stopped between its look and its manifest, and its successor cleared its data away meanwhile."""
     with CheckpointManager(str(tmp_path)) as stopped, use(stopped, lambda s: GatedStorage(s, "create")) as gate:
