@@ -34,7 +34,7 @@ from asyncckpt.index import RunIndex
 from asyncckpt.manifest import FileRecord, Head, Manifest, encode_manifest
 from asyncckpt.plan import PlannedSave
 from asyncckpt.policy import CommittedStep, KeepPolicy, needs_metadata, prunable
-from asyncckpt.restore import join, open_step, read_manifest
+from asyncckpt.restore import files_below, join, open_step, read_manifest
 from asyncckpt.steps import (
     DCP_METADATA,
     DEAD_MARK,
@@ -43,7 +43,6 @@ from asyncckpt.steps import (
     manifest_name,
     may_be_swept,
     read_listing,
-    read_step_files,
 )
 from asyncckpt.storage import Storage
 from asyncckpt.version import __version__
@@ -136,22 +135,23 @@ class Committer:
         chunks, files: of all ranks. The steps are for `retire`, when the other ranks know.
         """
         before = self.index.files_of(job.step)
+        is_first = not before.manifests
         manifest, stock = self._manifest(job, chunks, files)
         names = [f"{job.attempt}/{file.name}" for file in files]
         self._ask_if_guarded(job)
         try:
             self._check_stored(job, files)
-            if not before.manifests:
+            if is_first:
                 self.storage.replace(join(str(job.step), DCP_METADATA), stock)
-            self._create(job, manifest, names, has_stock=not before.manifests)
+            self._create(job, manifest, names, has_stock=is_first)
         except Exception as exc:
             self._abandon(job, names, exc)
             raise
-        self._confirm(job, files, has_stock=not before.manifests)
+        self._confirm(job, files, has_stock=is_first)
         self.index.commit(job.step, job.sequence, [*names, DCP_METADATA, manifest_name(job.sequence)])
         if self.keep is not None:  # else nobody takes them out again
             self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
-        if before.manifests:
+        if not is_first:
             before.manifests[job.sequence] = manifest_name(job.sequence)
             groups = before.leftovers(job.sequence)
             self.leftovers.append(Leftover(job.step, groups, mend=True, stock=stock, sequence=job.sequence))
@@ -375,7 +375,7 @@ class Committer:
         """Whether another run has saved the step again since this one knew it."""
         if not leftover.mend and not leftover.whole:
             return False
-        found = _files_in(self.storage, str(leftover.step)).sequence
+        found = files_below(self.storage.list_files(str(leftover.step)), str(leftover.step)).sequence
         return found not in (None, current) and manifest_name(found) not in chain(*leftover.groups)
 
     def _tidy(self, step: int, sequence: int) -> None:
@@ -491,14 +491,9 @@ def mend_step(storage: Storage, folder: str, stock: bytes | None = None, sequenc
             stock = pickle_metadata(manifest.keys, manifest.chunks, manifest.head.attempt, manifest.head.save_id)
             sequence = manifest.head.sequence
         storage.replace(join(folder, DCP_METADATA), stock)
-        newest = _files_in(storage, folder).sequence
+        newest = files_below(storage.list_files(folder), folder).sequence
         if newest is None:  # alone it would read as a foreign checkpoint
             storage.delete([join(folder, DCP_METADATA)])
         if newest in (None, sequence):
             return
         stock = None
-
-
-def _files_in(storage: Storage, folder: str) -> StepFiles:
-    start = len(join(folder, ""))
-    return read_step_files({path[start:]: size for path, size in storage.list_files(folder).items()})

@@ -124,9 +124,11 @@ class _Rules:
         allowed = _get_allowed_globals()
         if full == "builtins.bytes":  # torch.save writes b"" so, which torch's own list lacks
             return bytes
-        if module in ("sys", "os", "posix", "nt") or full not in allowed.keys() | self._users.keys():
-            raise ValueError(f"it asks for {full[:200]!r}, which is not allowed")
-        return self._users[full] if full in self._users else allowed[full]
+        if module not in ("sys", "os", "posix", "nt"):
+            for table in (self._users, allowed):
+                if full in table:
+                    return table[full]
+        raise ValueError(f"it asks for {full[:200]!r}, which is not allowed")
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Any:
         if function in self._users.values():

@@ -42,7 +42,7 @@ from asyncckpt.ranks import Ranks
 from asyncckpt.read_items import read_items
 from asyncckpt.read_once import read_shared
 from asyncckpt.read_whole import Whole, find_whole, read_whole
-from asyncckpt.steps import DCP_METADATA, StepFiles, is_attempt_of, manifest_name, read_step_files
+from asyncckpt.steps import DCP_METADATA, StepFiles, manifest_name, read_step_files
 from asyncckpt.storage import Storage
 
 PASS_OVER = f"{UNCHANGED} Restore another step, or use restore_latest, which skips this one."
@@ -138,7 +138,7 @@ def read_index(storage: Storage, folder: str) -> Index | None:
     """The newest manifest of a step folder, as it is stored; None: there is none."""
     while True:
         sizes = storage.list_files(folder)
-        files = read_step_files(_below(sizes, folder))
+        files = files_below(sizes, folder)
         if files.sequence is None:
             return None
         path = join(folder, files.manifests[files.sequence])
@@ -159,7 +159,7 @@ def _decode(storage: Storage, folder: str, path: str, data: bytes) -> Manifest:
     try:
         manifest = decode_manifest(data)
         _check_place(manifest.head, folder, path)
-    except (ManifestError, TypeError, ValueError) as exc:  # the latter: of a head with other types in it
+    except ManifestError as exc:
         raise DamagedStepError(f"the manifest {path} at {storage.url} is damaged: {exc}", outcome=PASS_OVER) from exc
     return manifest
 
@@ -167,7 +167,7 @@ def _decode(storage: Storage, folder: str, path: str, data: bytes) -> Manifest:
 def _check_place(head: Head, folder: str, path: str) -> None:
     """That a manifest lies where it was written: a whole one of another save or step would restore the wrong state.
     The folder of a single step, opened as the root (""), may have any name."""
-    if path != join(folder, manifest_name(head.sequence)) or not is_attempt_of(head.attempt, head.sequence):
+    if path != join(folder, manifest_name(head.sequence)):
         raise ManifestError(f"it is of the save {head.attempt!r} with number {head.sequence}, moved or renamed")
     if folder and folder != str(head.step):
         raise ManifestError(f"it is of step {head.step}, and was copied or moved from there; ShardReader reads it")
@@ -178,11 +178,16 @@ def _wrong_files(folder: str, manifest: Manifest, sizes: Mapping[str, int]) -> d
     found: dict[int, str] = {}
     for number, file in enumerate(manifest.files):
         path = join(folder, f"{manifest.head.attempt}/{file.name}")
-        if path not in sizes:
-            found[number] = f"{path} is missing"
-        elif sizes[path] != file.size:
-            found[number] = f"{path} has {sizes[path]} bytes, the manifest says {file.size}"
+        if wrong := wrong_size(path, file.size, sizes):
+            found[number] = wrong
     return found
+
+
+def wrong_size(path: str, size: int, sizes: Mapping[str, int]) -> str:
+    """What is wrong with a file by a listing, or ""."""
+    if path not in sizes:
+        return f"{path} is missing"
+    return "" if sizes[path] == size else f"{path} has {sizes[path]} bytes, the manifest says {size}"
 
 
 def _keys_in(wrong: Mapping[int, str], place: Placement) -> dict[str, str]:
@@ -194,7 +199,7 @@ def _keys_in(wrong: Mapping[int, str], place: Placement) -> dict[str, str]:
 
 def _open_foreign(storage: Storage, folder: str) -> OpenStep:
     sizes = storage.list_files(folder)
-    files = read_step_files(_below(sizes, folder))
+    files = files_below(sizes, folder)
     if not files.is_foreign or DCP_METADATA not in files.other:
         state = "a save that was never committed" if files.attempts else "no checkpoint"
         raise StepNotFoundError(f"{join(storage.url, folder)} holds {state}", known=[], url=storage.url)
@@ -221,8 +226,6 @@ def _open_foreign(storage: Storage, folder: str) -> OpenStep:
 
 def is_inside(info: _StorageInfo, path: str, sizes: Mapping[str, int]) -> bool:
     """Whether an item of a foreign step lies within `path`, a file that was listed: its index may say anything."""
-    if type(info.offset) is not int or type(info.length) is not int:
-        return False
     return 0 <= info.offset <= info.offset + info.length <= sizes.get(path, -1)
 
 
@@ -470,8 +473,10 @@ class Reserialising:
         self._planner.load_bytes(read_item, io.BytesIO(encode_object(safe)))
 
 
-def _below(files: Mapping[str, int], folder: str) -> dict[str, int]:
-    return {path.removeprefix(f"{folder}/") if folder else path: size for path, size in files.items()}
+def files_below(sizes: Mapping[str, int], folder: str) -> StepFiles:
+    """A listing of a step's folder, as what it means."""
+    start = len(join(folder, ""))
+    return read_step_files({path[start:]: size for path, size in sizes.items()})
 
 
 def join(folder: str, name: str) -> str:

@@ -265,9 +265,8 @@ def _credentials(filesystem: Any, client: Any) -> Callable[[], dict[str, Any]]:
         asked = asyncio.run_coroutine_threadsafe(credentials.get_frozen_credentials(), filesystem.loop)
         frozen = asked.result(CREDENTIALS_TIMEOUT_S)
         later = datetime.now(UTC) + timedelta(seconds=CREDENTIALS_S)
-        expires_at = (
-            getattr(credentials, "_expiry_time", None) or later
-        )  # of what botocore renews; it has no other name
+        # Of what botocore renews; it has no other name.
+        expires_at = getattr(credentials, "_expiry_time", None) or later
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,

@@ -141,12 +141,6 @@ class StepFiles:
         return [group for group in (manifests, stock, data) if group]
 
 
-def is_attempt_of(attempt: str, sequence: int) -> bool:
-    """Whether it is the name of a data folder of the save `sequence`."""
-    found = _ATTEMPT_FILE.match(f"{attempt}/-")
-    return found is not None and found[1] == attempt and int(found[2]) == sequence
-
-
 def may_be_swept(path: str, newest_committed: int) -> bool:
     """Whether an empty folder, or an upload that nobody completed, can go: folders of steps and attempts, and uploads
     of attempts that are over.

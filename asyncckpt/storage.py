@@ -176,9 +176,8 @@ def secrets_of(url: str, storage_options: Mapping[str, Any]) -> tuple[str, ...]:
             todo += ((inner, is_secret) for inner in value)
         elif isinstance(value, str):
             for found_in_url in re.findall(r"://[^/@\s]*?:([^@\s]*)@|[?&][\w.-]+=([^&\s'\"]+)", value):
-                found.update(
-                    found_in_url, *(part.split("/") for part in found_in_url)
-                )  # of which clients may show parts
+                # Clients may show the parts of such a value.
+                found.update(found_in_url, *(part.split("/") for part in found_in_url))
             found.update([value] if is_secret else [])
     forms = {form for value in found for form in (value, quote(value), quote(value, safe=""), unquote(value))}
     return tuple(sorted((form for form in forms if len(form) >= _MIN_SECRET), key=len, reverse=True))

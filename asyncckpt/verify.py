@@ -25,7 +25,7 @@ from asyncckpt.manifest import FileRecord, Manifest
 from asyncckpt.parallel import for_each
 from asyncckpt.read import new_buffer
 from asyncckpt.read_items import check_stock_item
-from asyncckpt.restore import OpenStep, is_inside, join, open_step
+from asyncckpt.restore import OpenStep, is_inside, join, open_step, wrong_size
 from asyncckpt.steps import DCP_METADATA
 from asyncckpt.storage import Storage
 
@@ -117,10 +117,8 @@ def file_problems(
     sizes = storage.list_files(step.folder)
     present: list[_File] = []
     for file in files:
-        if file.path not in sizes:
-            yield f"{file.path} is missing"
-        elif sizes[file.path] != file.record.size:
-            yield f"{file.path} has {sizes[file.path]} bytes, the manifest says {file.record.size}"
+        if wrong := wrong_size(file.path, file.record.size, sizes):
+            yield wrong
         else:
             file.blocks = [0] * -(-file.record.size // BLOCK_BYTES)
             present.append(file)
