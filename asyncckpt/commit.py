@@ -368,6 +368,7 @@ class Committer:
             self.tell(
                 events.Pruned, leftover.step,
                 whole=leftover.whole, num_files=num_files, prune_s=time.perf_counter() - started,
+                policy=repr(self.keep) if leftover.whole else "",
             )  # fmt: skip
         return True
 

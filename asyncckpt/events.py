@@ -36,12 +36,14 @@ class Staged(Event):
 
     wait_s: seconds waited for a free place in the queue. stage_s: seconds in state_dict(), copying and planning.
     stall_s: both, and all else the call did: what the training loop lost. num_bytes: tensor bytes staged on this rank.
+    is_blocking: by `save`, which has yet to wait for the commit: the training loop loses `durable_s` of that.
     """
 
     num_bytes: int
     wait_s: float
     stage_s: float
     stall_s: float
+    is_blocking: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +67,29 @@ class Committed(Event):
     """The step is whole and visible (writer thread of every rank).
 
     num_bytes: bytes of all ranks' files. durable_s: seconds from the call of `save` to here. stall_s: as in Staged.
-    sequence: the step's place in the order of commits.
+    sequence: the step's place in the order of commits. commit_s: seconds for which rank 0 made it visible; all else
+    since `Written` was waiting for other ranks. 0: not known.
     """
 
     sequence: int
     num_bytes: int
     stall_s: float
     durable_s: float
+    commit_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned(Event):
     """Retention deleted a step, or leftovers of a dead save of it were removed (writer thread of rank 0).
 
-    whole: True for a committed step, False for leftovers.
+    whole: True for a committed step, False for leftovers. policy: what retention keeps, as the policy shows itself
+    (`KeepLast(n=3)`).
     """
 
     whole: bool
     num_files: int
     prune_s: float
+    policy: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

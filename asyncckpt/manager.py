@@ -294,6 +294,7 @@ class CheckpointManager:
             self._emit_now(
                 events.Staged, step,
                 num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=stage_s, stall_s=job.stall_s,
+                is_blocking=borrow,
             )  # fmt: skip
         finally:  # a sink may call sys.exit(), and be interrupted by Ctrl-C: what is staged is saved all the same
             self._writer.submit(self._pace.timed(job.snapshot.num_bytes, stage_s, lambda: self._saver.run(job)))

@@ -53,6 +53,7 @@ class _Verdict:
     rank: int = 0
     outcome: str = "was not saved"
     num_bytes: int = 0
+    commit_s: float = 0.0
     pruned: list[int] = field(default_factory=list)
     untold: list[tuple[int, int]] = field(default_factory=list)
 
@@ -105,6 +106,7 @@ class Saver:
         self.committer.tell(
             events.Committed, job.step,
             sequence=job.sequence, num_bytes=verdict.num_bytes, stall_s=job.stall_s, durable_s=durable_s,
+            commit_s=verdict.commit_s,
         )  # fmt: skip
         return lambda: self.committer.clean_up(job.step, job.sequence) if self.ranks.is_coordinator else None
 
@@ -187,7 +189,9 @@ class Saver:
         try:
             assert part is not None
             chunks, files = self._merged(part, [report for _, report in replies[1:]])
+            started = time.perf_counter()
             verdict.num_bytes, verdict.pruned = self.committer.commit(job, chunks, files)
+            verdict.commit_s = time.perf_counter() - started
         except Exception as exc:
             error, verdict.error = exc, _describe(exc)
             if self.committer.is_unsure(job):
