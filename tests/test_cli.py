@@ -35,7 +35,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def ran(*arguments: str) -> Any:
     """In this process, which has imported torch."""
-    return CliRunner().invoke(cli.app, ["verify", *arguments])
+    return CliRunner().invoke(cli.app.app, ["verify", *arguments])
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_storage_that_fails_is_status_2_and_reads_are_all_it_does(
         opened.append(FaultyStorage(open_storage(*arguments), "read_into", nth=1))
         return opened[-1]
 
-    monkeypatch.setattr(cli, "open_storage", open_faulty)
+    monkeypatch.setattr(cli.app, "open_storage", open_faulty)
     done = ran(str(run))
     assert done.exit_code == 2
     assert "step 1: " in done.output
@@ -153,7 +153,7 @@ def test_storage_that_fails_is_status_2_and_reads_are_all_it_does(
 def test_options_reach_the_filesystem_as_text_or_json(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that looks like a number stays text."""
     given: list[Any] = []
-    monkeypatch.setattr(cli, "open_storage", lambda url, options: given.append(options) or open_storage(url))
+    monkeypatch.setattr(cli.app, "open_storage", lambda url, options: given.append(options) or open_storage(url))
     options = ["key=0123", "secret=a=b", 'client_kwargs={"endpoint_url": "http://h:1"}', "anon=true", "x=null"]
     assert ran(str(run), *(word for option in options for word in ("--storage-option", option))).exit_code == 0
     expected = {"key": "0123", "secret": "a=b", "client_kwargs": {"endpoint_url": "http://h:1"}, "anon": True}
@@ -189,7 +189,7 @@ def test_a_step_that_goes_meanwhile_is_no_failure(run: pathlib.Path, monkeypatch
                     file.unlink()
             super().read_into(path, *arguments)
 
-    monkeypatch.setattr(cli, "open_storage", lambda *arguments: Pruned(open_storage(*arguments)))
+    monkeypatch.setattr(cli.app, "open_storage", lambda *arguments: Pruned(open_storage(*arguments)))
     done = ran(str(run))
     assert done.exit_code == 0
     assert "step 2: it was deleted meanwhile" in done.output
@@ -238,7 +238,7 @@ def test_ctrl_c_ends_it_with_what_it_knows(tmp_path: pathlib.Path) -> None:
 def test_help_tells_the_exit_status() -> None:
     """Of the command, and what commands there are."""
     assert "130: interrupted" in " ".join(ran("--help").output.split())
-    assert "verify" in CliRunner().invoke(cli.app, []).output
+    assert "verify" in CliRunner().invoke(cli.app.app, []).output
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: pathlib.Path) -> None:

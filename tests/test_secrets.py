@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from asyncckpt import CheckpointManager, ShardReader, ShardWriter
-from asyncckpt.cli import app
+from asyncckpt.cli.app import app
 from asyncckpt.events import Event
 from asyncckpt.storage import open_storage, redact
 from tests.s3 import S3Proxy

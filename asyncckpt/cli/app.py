@@ -1,0 +1,164 @@
+"""What every command shares: the options, opening and listing a run, how an error ends it, tables and progress.
+
+A command is a function with `@app.command()`. It exits with 0, or by `fail`; what it raises ends it with words and
+status 2, never with a traceback. With --json it prints one document by `print_json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typer.core import TyperGroup
+
+from asyncckpt.errors import CheckpointError
+from asyncckpt.steps import StepFiles, read_listing, read_step_files
+from asyncckpt.storage import Storage, open_storage, redact
+from asyncckpt.version import __version__
+
+DIFFERENT, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+"""Exit statuses: the answer is no (damaged, different); it could not be told; as a shell has it of SIGINT, SIGPIPE."""
+
+
+class _Commands(TyperGroup):
+    """Ends every command in words."""
+
+    def invoke(self, ctx: Any) -> None:
+        try:
+            super().invoke(ctx)
+            sys.stdout.flush()  # here, where a closed pipe is still ours to answer for
+        except KeyboardInterrupt:
+            fail("interrupted", INTERRUPTED)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
+            raise typer.Exit(BROKEN_PIPE) from None
+        except (CheckpointError, OSError, ValueError) as exc:
+            fail(redact(str(exc)))
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"asyncckpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _asyncckpt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Look at a run's checkpoints and move them about.
+
+    Only prune and copy, and the commands that say so, change anything.
+    """
+
+
+Url = Annotated[
+    str, typer.Argument(metavar="URL", help="A run: a folder, or s3://, gs:// and every other URL that fsspec knows.")
+]
+StorageOptions = Annotated[
+    list[str],
+    typer.Option(
+        "--storage-option",
+        metavar="KEY=VALUE",
+        help="Given to the fsspec filesystem: text, or a JSON object, list, true, false or null. May be repeated.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document in place of the table.")]
+
+
+def opened(url: str, options: list[str]) -> Storage:
+    pairs = [option.partition("=") for option in options]
+    if not all(key and equals for key, equals, _ in pairs):
+        fail("--storage-option takes KEY=VALUE")  # not shown: it may be a secret
+    try:
+        return open_storage(url, {key: _value(text) for key, _, text in pairs})
+    except (ValueError, TypeError, ImportError, OSError) as exc:
+        fail(redact(f"{redact(url)} cannot be opened: {exc}"))
+
+
+def _value(text: str) -> Any:
+    """A key or a secret may look like a number, and is none."""
+    if text[:1] in ("{", "[") or text in ("true", "false", "null"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            fail("the value of a --storage-option begins like JSON and is none")
+    return text
+
+
+Kind = Literal["committed", "foreign", "partial"]
+
+
+def steps_of(storage: Storage, command: str) -> dict[int, StepFiles]:
+    """What one listing says; it fails where there is no step. command: for the text that says how to give a step."""
+    try:
+        files = storage.list_files()
+    except OSError as exc:
+        fail(f"{storage.url} cannot be listed: {exc}. Check the URL, that the bucket exists, and the permissions.")
+    steps = {step: found for step, found in read_listing(files).items() if kind_of(found)}
+    if not steps and (one := read_step_files(files)) and (one.manifests or one.is_foreign):
+        run, _, step = storage.url.rstrip("/").rpartition("/")
+        fail(f"{storage.url} is the folder of one step. Give the run's and the step: asyncckpt {command} {run} {step}")
+    if not steps:
+        fail(f"there is no step at {storage.url}.")
+    return steps
+
+
+def kind_of(files: StepFiles) -> Kind | None:
+    if files.sequence is not None:
+        return "committed"
+    return "foreign" if files.is_foreign else "partial" if files.attempts else None
+
+
+def check_known(storage: Storage, found: Mapping[int, StepFiles], wanted: list[int], purpose: str) -> None:
+    """That all of them are there, and were committed. purpose: what there is nothing to do of otherwise."""
+    if unknown := [step for step in wanted if step not in found]:
+        fail(f"there is no step {', '.join(map(str, unknown))} at {storage.url}; there are {_some(sorted(found))}.")
+    if partial := [step for step in wanted if kind_of(found[step]) == "partial"]:
+        fail(
+            f"step {', '.join(map(str, partial))} at {storage.url} was never committed: there is nothing to {purpose}."
+        )
+
+
+def _some(steps: list[int]) -> str:
+    return str(steps) if len(steps) <= 40 else f"{len(steps)}, from {steps[0]} to {steps[-1]}"
+
+
+@contextmanager
+def progress(verb: str, num_bytes: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, with rate and time left; what it gives is told of bytes. num_bytes: None: not known."""
+    columns = TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("", total=num_bytes)
+        yield lambda count: bar.advance(task, count)
+
+
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def output() -> Console:
+    """Standard output. No markup: a path may hold brackets."""
+    return _Output(markup=False, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, allow_nan=False))
+
+
+def fail(message: str, status: int = FAILED) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(status)
