@@ -6,9 +6,7 @@ reported to it and what it restored; `check` raises if a promise was broken. Cal
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -22,6 +20,7 @@ from asyncckpt import s3_obstore
 from asyncckpt.errors import CheckpointError, DamagedStepError, SaveError
 from asyncckpt.events import Committed, Event, Failed
 from asyncckpt.storage import Storage
+from tests.faults import harness
 from tests.faults.harness import KEPT, Place, open_manager, strays
 from tests.s3 import Request, uploads_left
 from tests.states import assert_same, target_like
@@ -36,7 +35,6 @@ _PRELOAD = [
     "torch", "torch._dynamo", "torch.distributed", "numpy", "pytest", "s3fs", "gcsfs", "obstore", "obstore.store",
     "aiobotocore.session", "scripts.campaign.fork_server", __name__,
 ]  # fmt: skip
-_forks = multiprocessing.get_context("forkserver")
 
 
 def state_of(step: int, save: int) -> dict[str, Any]:
@@ -80,37 +78,13 @@ class Told:
 
 def start(body: Callable[..., None], *args: Any) -> tuple[Any, Iterator[tuple[str, Any]]]:
     """(the process, what it says until it ends)."""
-    _forks.set_forkserver_preload(_PRELOAD)
-    here, there = _forks.Pipe(duplex=False)
-    process = _forks.Process(target=_work, args=(there, body, *args), daemon=True)
-    process.start()
-    there.close()
-    return process, _messages(process, here)
-
-
-def _messages(process: Any, here: Connection) -> Iterator[tuple[str, Any]]:
-    try:
-        while True:
-            assert here.poll(LIMIT_S), f"it said nothing for {LIMIT_S:.0f} s"
-            try:
-                kind, value = here.recv()
-            except EOFError:
-                return
-            assert kind != "error", f"it failed:\n{value}"
-            yield kind, value
-    finally:
-        process.kill()
-        process.join()
-        here.close()
+    return harness.start(_work, body, *args, preload=_PRELOAD, silence_s=LIMIT_S)
 
 
 def _work(link: Connection, body: Callable[..., None], *args: Any) -> None:
     s3_obstore._PID = os.getpid()  # the server imported it, and nobody there used it
     torch.set_num_threads(1)
-    try:
-        body(link, *args)
-    except BaseException:
-        link.send(("error", traceback.format_exc()))
+    body(link, *args)
 
 
 # -- the run

@@ -226,16 +226,27 @@ def _run_messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, 
 
 
 def messages_of(body: Callable[..., None], *args: Any) -> Iterator[tuple[str, Any]]:
-    """What a process that runs `body(link, *args)` sends over the link until it ends; leaving off kills it. It is
-    forked from a server that imported everything and used nothing."""
-    _forks.set_forkserver_preload(_PRELOAD)
+    """What a process that runs `body(link, *args)` sends over the link until it ends; leaving off kills it."""
+    yield from start(body, *args, preload=_PRELOAD, silence_s=TIMEOUT_S)[1]
+
+
+def start(
+    body: Callable[..., None], *args: Any, preload: list[str], silence_s: float
+) -> tuple[Any, Iterator[tuple[str, Any]]]:
+    """(a process that runs `body(link, *args)`, what it sends until it ends). Leaving off kills it. It is forked from a
+    server that imported `preload` and used nothing."""
+    _forks.set_forkserver_preload(preload)
     here, there = _forks.Pipe(duplex=False)
     process = _forks.Process(target=_run, args=(there, body, args), daemon=True)
     process.start()
     there.close()
+    return process, _messages(process, here, silence_s)
+
+
+def _messages(process: Any, here: Connection, silence_s: float) -> Iterator[tuple[str, Any]]:
     try:
         while True:
-            assert here.poll(TIMEOUT_S), f"the run said nothing for {TIMEOUT_S:.0f} s"
+            assert here.poll(silence_s), f"the run said nothing for {silence_s:.0f} s"
             try:
                 kind, value = here.recv()
             except EOFError:
