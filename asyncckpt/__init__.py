@@ -24,10 +24,13 @@ General layout, in the order in which a save passes through it (each module impo
     shard_layout, objects             where items lie in files; what may be saved
     global_plan, plan                 who writes what: rank 0's decision, and how the ranks come to it
     shard                             items to bytes
+    torch_file, safetensors_file      the same as torch.save and safetensors write it: streams of views
     read, read_items                  and back: ranges of files; load plans
     boxes, read_whole                 which chunks make up a rank's part of a tensor; what needs no plan
+    slices                            a part of a tensor, and which of its bytes that is
     sharing, read_once                which rank reads what several want; and passes it on
     restore, commit                   one step: read; made visible, and what is over cleared away
+    lookup                            what is in a step, and one value of it
     save, verify                      the writer thread's half of a manager; the bytes of a step, all looked at
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names
@@ -37,6 +40,7 @@ General layout, in the order in which a save passes through it (each module impo
     arguments, writer                 what users pass in; the background thread
     restorer, manager                 a restore on all ranks; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
+    event_file, trace                 what happened, as lines beside the run; as a timeline
     testing                           what every storage must do, for our tests and yours
     cli, __main__                     the command
 
@@ -49,6 +53,7 @@ from asyncckpt.errors import (
     CheckpointError,
     CommitError,
     DamagedStepError,
+    KeyNotFoundError,
     RestoreError,
     SaveError,
     StateMismatchError,
@@ -105,6 +110,7 @@ __all__ = [
     "RestoreError",
     "StepNotFoundError",
     "DamagedStepError",
+    "KeyNotFoundError",
     "StateMismatchError",
     "UnsafeObjectError",
     "SavePolicy",
