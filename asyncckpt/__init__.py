@@ -41,6 +41,7 @@ General layout, in the order in which a save passes through it (each module impo
     restorer, manager                 a restore on all ranks; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
     event_file, trace                 what happened, as lines beside the run; as a timeline
+    overview                          a run's steps at a glance, for people
     testing                           what every storage must do, for our tests and yours
     cli, __main__                     the command
 

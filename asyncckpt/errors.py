@@ -7,6 +7,7 @@
       RestoreError              a restore failed
         StepNotFoundError       also a FileNotFoundError
         DamagedStepError        the step is listed, but its manifest or data is missing or wrong
+        KeyNotFoundError        also a KeyError: the step has no value of that name
         StateMismatchError      the checkpoint and the state dict do not fit together; nothing was changed
         UnsafeObjectError       an object that `weights_only` plus `safe_globals` does not load
 
@@ -79,6 +80,18 @@ class StepNotFoundError(RestoreError, FileNotFoundError):
 
 class DamagedStepError(RestoreError):
     """The step is listed, but a file of it is missing or differs from its checksum."""
+
+
+class KeyNotFoundError(RestoreError, KeyError):
+    """The step has no value of that name. `near` lists names that are like it."""
+
+    def __init__(self, message: str, *, near: list[str]) -> None:
+        super().__init__(message)
+        self.near = near
+
+    @property
+    def what(self) -> str:
+        return str(self.args[0])  # a KeyError's own text is a repr
 
 
 class StateMismatchError(RestoreError):

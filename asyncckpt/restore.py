@@ -301,13 +301,14 @@ def prepare(
     return Restoring(step, target, _unasked(step.keys, targets), targets, whole, planned, safe_globals)
 
 
-def read(storage: Storage, restoring: Restoring, ranks: Ranks, *, read_once: bool) -> int | None:
+def read(storage: Storage, restoring: Restoring, ranks: Ranks | None = None, *, read_once: bool = False) -> int | None:
     """Read into the tensors and containers of the target; the bytes that this rank took from storage. A collective call
-    with `read_once`, and where the user's planner has a global plan of its own. None: with `read_once` another rank
-    failed. Then, and with DamagedStepError and OSError, the target may be half overwritten."""
+    with `read_once`, and where the user's planner has a global plan of its own; ranks None: this process
+    reads for itself. None: with `read_once` another rank failed. Then, and with DamagedStepError and OSError, the target
+    may be half overwritten."""
     num_bytes, folder, whole = 0, restoring.step.data_folder, restoring.whole
     done, objects = None, dict[str, bytes]()
-    if read_once and whole is not None and ranks.world_size > 1:  # first: other ranks wait for it
+    if read_once and whole is not None and ranks is not None and ranks.world_size > 1:  # first: other ranks wait for it
         shared = read_shared(storage, folder, whole, ranks)
         if shared is None:
             return None
@@ -318,7 +319,7 @@ def read(storage: Storage, restoring: Restoring, ranks: Ranks, *, read_once: boo
         objects |= own_objects
     values = {fqn: load_object(data, restoring.safe_globals, fqn) for fqn, data in objects.items()}
     if (planned := restoring.planned) is not None:
-        plan = _exchange(planned.planner, planned.plan, ranks)
+        plan = _exchange(planned.planner, planned.plan, ranks) if ranks else planned.planner.finish_plan(planned.plan)
         num_bytes += read_items(
             storage, folder, planned.where, plan.items, planned.reader, unverified=restoring.unverified
         )
