@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 from urllib.parse import quote, unquote
@@ -61,6 +62,12 @@ class Storage(Protocol):
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a small file atomically, whether or not it exists: a reader sees the old or the new bytes."""
+        ...
+
+    def replace_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        """`write_file` of a path that may be there and be read: until all is written a reader sees the old file, or
+        none; the same holds if the call fails. Where the filesystem is neither a folder nor S3, GCS or memory, as far
+        as its `mv` is atomic."""
         ...
 
     def read_file(self, path: str) -> bytes: ...
@@ -147,6 +154,12 @@ def check_path(path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")):
         raise ValueError(f"{path!r} is not a path relative to the storage's root")
     return path
+
+
+def beside(path: str) -> str:
+    """A new name of the storage's own in the folder of `path`."""
+    folder, slash, _ = check_path(path).rpartition("/")
+    return f"{folder}{slash}{TEMP_PREFIX}{secrets.token_hex(8)}"
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:

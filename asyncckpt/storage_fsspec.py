@@ -29,7 +29,7 @@ from asyncckpt.retries import CLEANING_S, again, may_pass
 from asyncckpt.s3_obstore import ObstoreBucket
 from asyncckpt.s3_settings import UntranslatableError, is_aws
 from asyncckpt.s3_upload import S3Upload, abort_uploads
-from asyncckpt.storage import RETRY_S, TEMP_PREFIX, check_path, redact, secrets_of
+from asyncckpt.storage import RETRY_S, TEMP_PREFIX, beside, check_path, redact, secrets_of
 
 MIB = 1 << 20
 READ_BYTES = 8 * MIB  # of one request
@@ -86,6 +86,15 @@ class FsspecStorage:
         return "obstore" if self._bucket else self._client
 
     def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        try:
+            self._put_file(path, size, views)
+        except BaseException:
+            if self._client != "s3fs":  # there it never came to be
+                with suppress(Exception):
+                    self._filesystem.rm_file(self._full(path))
+            raise
+
+    def _put_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
         full, what = self._full(path), self._what("write", path)
         if bucket := self._obstore():
             sending = {"part_bytes": self.part_bytes, "num_in_flight": self._num_threads}
@@ -100,11 +109,19 @@ class FsspecStorage:
         data = pieces[0] if len(pieces) == 1 and self._client == "gcsfs" else b"".join(pieces)
         if len(data) != size:
             raise ValueError(f"the views hold {len(data)} bytes, {size} were announced")
+        self._pipe_and_check(full, data, what)
+
+    def replace_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        if self._client in ("s3fs", "gcsfs") or get_protocol(self._full_url) == "memory":
+            self._put_file(path, size, views)  # one object, there when its last byte is
+            return
+        temporary, what = beside(path), self._what("replace", path)
+        self.write_file(temporary, size, views)
         try:
-            self._pipe_and_check(full, data, what)
+            self._ask(what, "mv", self._full(temporary), self._full(path))
         except BaseException:
             with suppress(Exception):
-                self._filesystem.rm_file(full)
+                self._filesystem.rm_file(self._full(temporary))
             raise
 
     def create(self, path: str, data: bytes) -> None:

@@ -22,7 +22,7 @@ from asyncckpt.local_file import (
     read_ranges,
     write_full,
 )
-from asyncckpt.storage import TEMP_PREFIX, check_path, redact
+from asyncckpt.storage import TEMP_PREFIX, beside, check_path, redact
 
 TEMP_GRACE_S = 3600.0  # a guess: nothing of ours keeps a temporary name that long
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -95,6 +95,18 @@ class LocalStorage:
                     os.unlink(temporary)
                 raise
             _fsync_folder(os.path.dirname(target))
+
+    def replace_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        temporary = beside(path)
+        self.write_file(temporary, size, views)
+        with named_errors(self._what("replace", path)):
+            try:
+                os.replace(self._absolute(temporary), self._absolute(path))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(self._absolute(temporary))
+                raise
+            _fsync_folder(os.path.dirname(self._absolute(path)))
 
     def read_file(self, path: str) -> bytes:
         with named_errors(self._what("read", path)), open(self._absolute(path), "rb") as file:

@@ -70,6 +70,9 @@ class RecordingStorage:
     def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
         self._around(Call("write_file", (path,)), lambda: self.inner.write_file(path, size, views))
 
+    def replace_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
+        self._around(Call("replace_file", (path,)), lambda: self.inner.replace_file(path, size, views))
+
     def create(self, path: str, data: bytes) -> None:
         self._around(Call("create", (path,)), lambda: self.inner.create(path, data))
 
@@ -286,6 +289,33 @@ class StorageTests:
             storage.write_file("a/file", len(data), views())
         assert raised.value is error
         assert storage.list_files() == {}
+
+    @pytest.mark.parametrize("size", [0, 5000, 3 << 20])
+    def test_replace_file_writes_a_file_that_is_there_or_not(self, storage: Storage, size: int) -> None:
+        """And leaves nothing beside it."""
+        old, new = sample_bytes(10_000), sample_bytes(size)
+        for data in (old, new):
+            storage.replace_file("a/file", len(data), cut_views(data, 0, 100, 4096))
+            assert storage.read_file("a/file") == data
+        assert storage.list_files() == {"a/file": size}
+
+    def test_a_replace_file_that_fails_leaves_the_old_one(self, storage: Storage) -> None:
+        """Whatever the iterator raises, after more than one part, and for a wrong size."""
+        storage.replace_file("a/file", 3, iter([memoryview(b"old")]))
+        data = memoryview(bytes(self.large_file_bytes))
+        error = OSError("of the caller")
+
+        def views() -> Iterator[memoryview]:
+            yield data[: len(data) - 1]
+            raise error
+
+        with pytest.raises(OSError, match="of the caller") as raised:
+            storage.replace_file("a/file", len(data), views())
+        assert raised.value is error
+        with pytest.raises(ValueError, match="9999"):
+            storage.replace_file("a/file", 9_999, iter([data[:10_000]]))
+        assert storage.read_file("a/file") == b"old"
+        assert storage.list_files() == {"a/file": 3}
 
     def test_create_refuses_a_file_that_is_there(self, storage: Storage) -> None:
         """And leaves it as it is; the message says what and where."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import fsspec
@@ -24,6 +24,7 @@ import pytest
 from aiobotocore.session import AioSession
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from gcsfs.retry import HttpError
 from google.auth.exceptions import RefreshError
@@ -31,7 +32,7 @@ from s3fs.errors import translate_boto_error
 
 from asyncckpt import client_requests, local_file, s3_upload
 from asyncckpt.client_errors import named_client_errors
-from asyncckpt.storage import Storage, open_storage, redact
+from asyncckpt.storage import TEMP_PREFIX, Storage, open_storage, redact
 from asyncckpt.storage_fsspec import FsspecStorage
 from asyncckpt.storage_local import LocalStorage
 from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage, StorageTests, cut_views
@@ -150,6 +151,26 @@ def test_an_unknown_protocol_names_the_known_ones():
 def test_redact_hides_user_info_and_query_values(url, shown):
     """And nothing else."""
     assert redact(url) == shown
+
+
+def test_elsewhere_a_file_is_replaced_by_a_move(tmp_path):
+    """A filesystem of which only fsspec's verbs are known: nobody sees the half of a file, under its name."""
+
+    class PlainFileSystem(LocalFileSystem):
+        protocol = "asyncckpt-plain"
+        seen: ClassVar[list[str]] = []
+
+        def pipe_file(self, path, value, mode="overwrite", **kwargs):
+            self.seen.append(os.path.basename(path))
+            super().pipe_file(path, value, mode=mode, **kwargs)
+
+    fsspec.register_implementation("asyncckpt-plain", PlainFileSystem, clobber=True)
+    storage = open_storage(f"asyncckpt-plain://{tmp_path}/run [1]")
+    for data in b"old", b"the new one":
+        storage.replace_file("a/file", len(data), iter([memoryview(data)]))
+        assert storage.read_file("a/file") == data
+    assert [name.startswith(TEMP_PREFIX) for name in PlainFileSystem.seen] == [True, True]
+    assert os.listdir(tmp_path / "run [1]" / "a") == ["file"]
 
 
 def test_a_protocol_that_the_user_registered_is_known():
