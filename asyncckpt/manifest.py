@@ -135,11 +135,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 def decode_manifest(data: bytes) -> Manifest:
     """Raises ManifestError for anything that is not, byte for byte, what `encode_manifest` wrote."""
-    found = _CRC_MEMBER.search(data, max(0, len(data) - 32))
-    if found is None:
-        raise ManifestError("it is cut short or is no manifest: the closing checksum is missing")
-    if crc32(memoryview(data)[: found.start()]) != int(found[1], 16):
-        raise ManifestError(f"its bytes do not have the checksum {found[1].decode()} that it states")
+    check_crc(data)
     try:
         document = json.loads(
             data.decode("ascii"), object_pairs_hook=_members_once, parse_constant=_finite, parse_float=_finite
@@ -159,6 +155,43 @@ def decode_manifest(data: bytes) -> Manifest:
     return manifest
 
 
+def check_crc(data: bytes) -> None:
+    """That the bytes are those of a whole manifest: ManifestError."""
+    found = _CRC_MEMBER.search(data, max(0, len(data) - 32))
+    if found is None:
+        raise ManifestError("it is cut short or is no manifest: the closing checksum is missing")
+    if crc32(memoryview(data)[: found.start()]) != int(found[1], 16):
+        raise ManifestError(f"its bytes do not have the checksum {found[1].decode()} that it states")
+
+
+def decode_head(start: bytes) -> Head | None:
+    """The head, off the first bytes of a manifest; None: they end before it does. Only `check_crc` of all of it tells
+    whether it is what was written. ManifestError: these are no first bytes of one."""
+    opening = b'{"head":'
+    if not start.startswith(opening):
+        raise ManifestError(f"it begins with {start[:16]!r}")
+    try:
+        document, _ = _DECODER.raw_decode(start[len(opening) :].decode("ascii"))
+    except ValueError:
+        return None
+    try:
+        return _made_head(document)
+    except _WRONG as exc:
+        raise ManifestError(f"its head is wrong: {type(exc).__name__}: {str(exc)[:500]}") from exc
+
+
+def decode_file_sizes(end: bytes) -> dict[str, int] | None:
+    """{name: size} of the files, off the last bytes of a manifest, as `decode_head`; None: they begin before these."""
+    opening = b',"files":'
+    if (at := end.rfind(opening + b"{")) < 0:  # inside a text the quotes would have backslashes
+        return None
+    try:
+        document, _ = _DECODER.raw_decode(end[at + len(opening) :].decode("ascii"))
+        return {file.name: file.size for file in _decode_files(document)}
+    except _WRONG as exc:
+        raise ManifestError(f"its list of files is wrong: {type(exc).__name__}: {str(exc)[:500]}") from exc
+
+
 def _members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Which of two members of one name holds differs from reader to reader."""
     members = dict(pairs)
@@ -174,13 +207,21 @@ def _finite(text: str) -> float:
     return value
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_members_once, parse_constant=_finite, parse_float=_finite)
+
+
 def _decode_head(document: Mapping[str, Any]) -> Head:
-    head = dict(document["head"])
+    made = _made_head(document["head"])
+    if document.keys() != _MEMBERS:
+        raise ValueError(f"it has the members {sorted(document)}")
+    return made
+
+
+def _made_head(document: Mapping[str, Any]) -> Head:
+    head = dict(document)
     made_by = head.pop("format"), head.pop("version")
     if made_by != (FORMAT, VERSION) or type(made_by[1]) is not int:
         raise ValueError(f"format {made_by[0]!r} version {made_by[1]!r} is newer")
-    if document.keys() != _MEMBERS:
-        raise ValueError(f"it has the members {sorted(document)}")
     made = Head(**head)
     for number in (made.step, made.sequence, made.world_size):
         _natural(number)

@@ -22,6 +22,7 @@ MAX_NUMBER = 10**18 - 1
 _STEP = r"(0|[1-9][0-9]{0,17})"
 _STEP_PATH = re.compile(rf"{_STEP}/(.+)\Z", re.DOTALL)
 _MANIFEST = re.compile(r"manifest-([0-9]{8,18})\.json\Z")
+_DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp\Z")
 _HALF_MADE = re.compile(rf"{_STEP}(?:/([0-9]{{1,18}})-[0-9a-f]+(/.+)?)?\Z", re.DOTALL)
 _ATTEMPT_FILE = re.compile(r"(([0-9]{1,18})-[0-9a-f]+)/(.+)\Z", re.DOTALL)
 
@@ -150,6 +151,11 @@ def may_be_swept(path: str, newest_committed: int) -> bool:
     """
     found = _HALF_MADE.match(path)
     return found is not None and (found[3] is None or int(found[2]) <= newest_committed)
+
+
+def is_data_of_ranks(name: str) -> bool:
+    """Whether a file of an attempt holds a rank's tensors and objects, by its name; else it was given as a file."""
+    return _DATA.match(name) is not None
 
 
 def belongs_to(name: str, sequence: int) -> bool:

@@ -2,7 +2,7 @@
 
 All files are read in pieces, some at a time, into a few buffers. Only a file that differs is looked at once more, to
 tell which of its items are hit. What is in the folder besides what the manifest names (the data of a save that died)
-is not looked at: nothing reads it, and the next commit removes it. Called by restorer.py and cli.py.
+is not looked at: nothing reads it, and the next commit removes it. Called by restorer.py and cli/verify.py.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ MAX_NAMED = 20
 
 Tell = Callable[[int], None]
 """Hears, on any thread, of bytes that were read."""
+Take = Callable[["FileCheck", int, memoryview], None]
+"""Is given, on any thread, the bytes of a file from an offset on, before they are known to be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def find_damage(
 
 
 @dataclass(slots=True)
-class _File:
+class FileCheck:
     """A file to be read. blocks: the CRC32 of each BLOCK_BYTES, in a list made when the file was found to be of that
     length. gone: why it could not be read to its end."""
 
@@ -99,45 +101,50 @@ class _File:
         return value
 
 
-def _all_files(step: OpenStep, manifest: Manifest) -> list[_File]:
+def _all_files(step: OpenStep, manifest: Manifest) -> list[FileCheck]:
     """The first is for stock readers alone."""
     stock = FileRecord(DCP_METADATA, manifest.dcp_metadata_size, manifest.dcp_metadata_crc32)
-    return [_File(join(step.folder, stock.name), stock), *data_files(step, manifest)]
+    return [FileCheck(join(step.folder, stock.name), stock), *data_files(step, manifest)]
 
 
-def data_files(step: OpenStep, manifest: Manifest) -> list[_File]:
+def data_files(step: OpenStep, manifest: Manifest) -> list[FileCheck]:
     """What a restore may read."""
-    return [_File(join(step.data_folder, file.name), file) for file in manifest.files]
+    return [FileCheck(join(step.data_folder, file.name), file) for file in manifest.files]
 
 
 def file_problems(
-    storage: Storage, step: OpenStep, manifest: Manifest, files: Sequence[_File], tell: Tell = lambda num_bytes: None
+    storage: Storage,
+    step: OpenStep,
+    manifest: Manifest,
+    files: Sequence[FileCheck],
+    tell: Tell = lambda num_bytes: None,
+    take: Take = lambda file, offset, view: None,
 ) -> Iterator[str]:
     """What is wrong with files that a manifest names."""
     sizes = storage.list_files(step.folder)
-    present: list[_File] = []
+    present: list[FileCheck] = []
     for file in files:
         if wrong := wrong_size(file.path, file.record.size, sizes):
             yield wrong
         else:
             file.blocks = [0] * -(-file.record.size // BLOCK_BYTES)
             present.append(file)
-    _read_all(storage, present, tell)
+    _read_all(storage, present, tell, take)
     for file in present:
         if file.gone:
             yield f"{file.path} went away or was cut short while it was read: {file.gone}"
         elif file.crc32 != file.record.crc32:
             yield f"{file.path} has CRC32 {file.crc32:08x}, the manifest says {file.record.crc32:08x}"
-            if file.record.name == DCP_METADATA:
+            if file.path == join(step.folder, DCP_METADATA):
                 yield "  it is for stock readers alone: asyncckpt restores this step without it"
             else:
                 yield from _places(storage, file, manifest.chunks)
 
 
-def _read_all(storage: Storage, files: Iterable[_File], tell: Tell) -> None:
+def _read_all(storage: Storage, files: Iterable[FileCheck], tell: Tell, take: Take) -> None:
     spare: deque[memoryview] = deque()
 
-    def read(piece: tuple[_File, int]) -> None:
+    def read(piece: tuple[FileCheck, int]) -> None:
         file, start = piece
         if file.gone:
             return
@@ -146,21 +153,23 @@ def _read_all(storage: Storage, files: Iterable[_File], tell: Tell) -> None:
         blocks = [view[at : at + BLOCK_BYTES] for at in range(0, len(view), BLOCK_BYTES)]
         first = start // BLOCK_BYTES
 
-        def take(index: int) -> None:
+        def check(index: int) -> None:
             file.blocks[first + index] = crc32(blocks[index])
 
         try:
             ranges = [(start + number * BLOCK_BYTES, block) for number, block in enumerate(blocks)]
-            storage.read_into(file.path, ranges, take)
+            storage.read_into(file.path, ranges, check)
         except (EOFError, FileNotFoundError) as exc:
             file.gone = str(exc)
+        else:
+            take(file, start, view)
         spare.append(buffer)
         tell(len(view))
 
     for_each(read, ((file, at) for file in files for at in range(0, file.record.size, PIECE_BYTES)), READ_THREADS)
 
 
-def _places(storage: Storage, file: _File, chunks: ChunkTable) -> Iterator[str]:
+def _places(storage: Storage, file: FileCheck, chunks: ChunkTable) -> Iterator[str]:
     """Where a file differs from what was written: the first few places."""
     try:
         places = list(islice(_all_places(storage, file, chunks), MAX_NAMED + 1))
@@ -174,10 +183,14 @@ def _places(storage: Storage, file: _File, chunks: ChunkTable) -> Iterator[str]:
         yield "  read once more it does not differ: not the file may be at fault, but memory or the way here"
 
 
-def _all_places(storage: Storage, file: _File, chunks: ChunkTable) -> Iterator[str]:
+def _all_places(storage: Storage, file: FileCheck, chunks: ChunkTable) -> Iterator[str]:
     """In the order of the file."""
     place = chunks.placement
     numbers = np.flatnonzero(place.file == place.files.index(file.record.name))
+    if not len(numbers):
+        if _crc32_of(storage, file.path, 0, file.record.size) != file.record.crc32:
+            yield "it was given as a file, which has no parts whose checksums would tell where"
+        return
     end = 0
     for number in numbers[np.argsort(place.offset[numbers], kind="stable")].tolist():
         chunk = chunks[number]

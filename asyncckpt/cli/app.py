@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,7 +20,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from typer.core import TyperGroup
 
 from asyncckpt.errors import CheckpointError
-from asyncckpt.steps import StepFiles, read_listing, read_step_files
+from asyncckpt.overview import Run, kind_of, list_run
+from asyncckpt.steps import StepFiles, read_step_files
 from asyncckpt.storage import Storage, open_storage, redact
 from asyncckpt.version import __version__
 
@@ -98,28 +100,20 @@ def _value(text: str) -> Any:
     return text
 
 
-Kind = Literal["committed", "foreign", "partial"]
-
-
-def steps_of(storage: Storage, command: str) -> dict[int, StepFiles]:
+def listed(storage: Storage, command: str) -> Run:
     """What one listing says; it fails where there is no step. command: for the text that says how to give a step."""
     try:
-        files = storage.list_files()
+        run = list_run(storage)
     except OSError as exc:
         fail(f"{storage.url} cannot be listed: {exc}. Check the URL, that the bucket exists, and the permissions.")
-    steps = {step: found for step, found in read_listing(files).items() if kind_of(found)}
-    if not steps and (one := read_step_files(files)) and (one.manifests or one.is_foreign):
-        run, _, step = storage.url.rstrip("/").rpartition("/")
-        fail(f"{storage.url} is the folder of one step. Give the run's and the step: asyncckpt {command} {run} {step}")
-    if not steps:
+    if not run.steps and (one := read_step_files(run.sizes)) and (one.manifests or one.is_foreign):
+        folder, _, step = storage.url.rstrip("/").rpartition("/")
+        fail(
+            f"{storage.url} is the folder of one step. Give the run's and the step: asyncckpt {command} {folder} {step}"
+        )
+    if not run.steps:
         fail(f"there is no step at {storage.url}.")
-    return steps
-
-
-def kind_of(files: StepFiles) -> Kind | None:
-    if files.sequence is not None:
-        return "committed"
-    return "foreign" if files.is_foreign else "partial" if files.attempts else None
+    return run
 
 
 def check_known(storage: Storage, found: Mapping[int, StepFiles], wanted: list[int], purpose: str) -> None:
@@ -134,6 +128,25 @@ def check_known(storage: Storage, found: Mapping[int, StepFiles], wanted: list[i
 
 def _some(steps: list[int]) -> str:
     return str(steps) if len(steps) <= 40 else f"{len(steps)}, from {steps[0]} to {steps[-1]}"
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def seconds_of(text: str) -> float:
+    """ "90s", "5m", "12h", "7d", "2w" in seconds."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhdw])", text.strip())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no time: a number and s, m, h, d or w, as in 12h or 7d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def time_text(seconds: float) -> str:
+    """A length of time in a few letters."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 @contextmanager

@@ -15,20 +15,19 @@ from asyncckpt.cli.app import (
     FAILED,
     INTERRUPTED,
     AsJson,
-    Kind,
     StorageOptions,
     Url,
     app,
     check_known,
     fail,
-    kind_of,
+    listed,
     opened,
     output,
     print_json,
     progress,
-    steps_of,
 )
 from asyncckpt.errors import CheckpointError, DamagedStepError, StepNotFoundError
+from asyncckpt.overview import Kind, kind_of
 from asyncckpt.steps import StepFiles
 from asyncckpt.storage import Storage, redact
 from asyncckpt.verify import find_damage
@@ -66,7 +65,7 @@ def verify(url: Url, steps: Steps = None, storage_option: StorageOptions = [], a
     interrupted = False
     try:
         storage = opened(url, storage_option)
-        found = _chosen(storage, steps_of(storage, "verify"), steps or [])
+        found = _chosen(storage, listed(storage, "verify").steps, steps or [])
         with progress("verify", sum(files.num_bytes for files in found.values())) as tell:
             for step, files in found.items():
                 results.append(_verify(storage, step, files, tell))
