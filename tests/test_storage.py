@@ -169,7 +169,8 @@ def test_elsewhere_a_file_is_replaced_by_a_move(tmp_path):
     for data in b"old", b"the new one":
         storage.replace_file("a/file", len(data), iter([memoryview(data)]))
         assert storage.read_file("a/file") == data
-    assert [name.startswith(TEMP_PREFIX) for name in PlainFileSystem.seen] == [True, True]
+    assert PlainFileSystem.seen
+    assert all(name.startswith(TEMP_PREFIX) for name in PlainFileSystem.seen)
     assert os.listdir(tmp_path / "run [1]" / "a") == ["file"]
 
 
