@@ -25,6 +25,7 @@ General layout, in the order in which a save passes through it (each module impo
     global_plan, plan                 who writes what: rank 0's decision, and how the ranks come to it
     shard                             items to bytes
     torch_file, safetensors_file      the same as torch.save and safetensors write it: streams of views
+    selection                         which keys a restore takes
     read, read_items                  and back: ranges of files; load plans
     boxes, read_whole                 which chunks make up a rank's part of a tensor; what needs no plan
     slices                            a part of a tensor, and which of its bytes that is

@@ -122,13 +122,15 @@ class Restored(Event):
     """A restore is complete (the thread that called it).
 
     num_bytes: that this rank took from storage, which with `read_once` is a part of what it got. ignored_keys: keys of
-    the checkpoint that the state dict did not ask for. skipped_steps: newer steps that `restore_latest` passed over as
-    damaged; skip_reasons: why, each as this rank knows it. checksums: what was verified, as in VerifyReport.
+    the checkpoint that the state dict did not ask for. missing_keys: of this rank's state dict that the checkpoint
+    lacks, as `allow_missing` allows: they keep their values. skipped_steps: newer steps that `restore_latest` passed
+    over as damaged; skip_reasons: why, each as this rank knows it. checksums: what was verified, as in VerifyReport.
     """
 
     num_bytes: int
     restore_s: float
     ignored_keys: tuple[str, ...] = ()
+    missing_keys: tuple[str, ...] = ()
     skipped_steps: tuple[int, ...] = ()
     skip_reasons: tuple[str, ...] = ()
     checksums: str = "manifest"
@@ -188,11 +190,13 @@ def log_events(event: Event) -> None:
             logger.warning("step %d at %s skipped: %s", event.step, event.url, event.reason)
         case Unguarded():
             logger.warning("%s does not refuse to overwrite: one run alone may write there", event.url)
-        case Restored() if event.ignored_keys or event.skipped_steps or event.checksums == "none":
+        case Restored() if event.ignored_keys or event.missing_keys or event.skipped_steps or event.checksums == "none":
             skipped = zip(event.skipped_steps, event.skip_reasons, strict=False)
             logger.warning(
-                "step %d restored from %s; %d keys of the checkpoint were not asked for; damaged newer steps: %s%s",
+                "step %d restored from %s; %d keys of the checkpoint were not asked for%s; damaged newer steps: %s%s",
                 event.step, event.url, len(event.ignored_keys),
+                f"; {len(event.missing_keys)} keys it lacks kept their values, {', '.join(event.missing_keys[:8])}"
+                if event.missing_keys else "",
                 "; ".join(f"{step} ({reason})" for step, reason in skipped) or "none",
                 "; not verified, as what was read carries no checksums" if event.checksums == "none" else "",
             )  # fmt: skip

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from asyncckpt.local_file import address_of
 from asyncckpt.manifest import Manifest
 from asyncckpt.read import Read, carry_out, starts_run, verify
 from asyncckpt.read_items import read_items
-from asyncckpt.restore import OpenStep, join, prepare, read
+from asyncckpt.restore import OpenStep, join, open_step, prepare, read
 from asyncckpt.slices import Box, Part, boxes_between, part_of, within
 from asyncckpt.storage import Storage
 
+T = TypeVar("T")
 MAX_COMPARED = 20_000
 """Keys that an unknown one is compared with: some 10 us each."""
 
@@ -71,6 +72,21 @@ def tree_of(step: OpenStep, key: str = "") -> Any:
     below = _below(step, key)
     found = saved_in(step)
     return nest((path, found[step.keys.number[fqn]]) for fqn, path in below)
+
+
+def look(storage: Storage, folder: str, work: Callable[[OpenStep], T]) -> T:
+    """What `work` makes of a step, opened for it; once more if another run saves the step anew meanwhile."""
+    step = open_step(storage, folder)
+    for _ in range(2):
+        try:
+            return work(step)
+        except DamagedStepError as exc:
+            if not isinstance(exc.__cause__, FileNotFoundError):
+                raise
+            before, step = step, open_step(storage, folder)
+            if step.sequence == before.sequence:
+                raise
+    return work(step)
 
 
 def read_value(

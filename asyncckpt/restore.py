@@ -42,6 +42,7 @@ from asyncckpt.ranks import Ranks
 from asyncckpt.read_items import read_items
 from asyncckpt.read_once import read_shared
 from asyncckpt.read_whole import Whole, find_whole, read_whole
+from asyncckpt.selection import EVERYTHING, Selection
 from asyncckpt.steps import DCP_METADATA, StepFiles, manifest_name, read_step_files
 from asyncckpt.storage import Storage
 
@@ -52,13 +53,14 @@ PASS_OVER = f"{UNCHANGED} Restore another step, or use restore_latest, which ski
 class OpenStep:
     """A step ready to be read. folder: below the storage's root, "" for the root itself. data_folder: what the files'
     names are relative to. manifest: None if foreign. keys: of the whole step. lacking: {key: the file that it needs
-    and that is missing or cut}."""
+    and that is missing or cut}. lost: the same of files that were given, which no key needs."""
 
     folder: str
     data_folder: str
     manifest: Manifest | None
     keys: Keys
     lacking: Mapping[str, str] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
     _foreign: Metadata | None = None
 
     @cached_property
@@ -129,7 +131,8 @@ def open_step(storage: Storage, folder: str, index: Index | None = None) -> Open
         if not wrong or before == (found.path, wrong):
             keys = Keys.of(manifest.keys)
             lacking = _keys_in(wrong, manifest.chunks.placement)
-            return OpenStep(folder, join(folder, manifest.head.attempt), manifest, keys, lacking)
+            lost = tuple(what for what in wrong.values() if what not in lacking.values())
+            return OpenStep(folder, join(folder, manifest.head.attempt), manifest, keys, lacking, lost)
         before, found = (found.path, wrong), read_index(storage, folder)
     return _open_foreign(storage, folder)
 
@@ -221,7 +224,7 @@ def _open_foreign(storage: Storage, folder: str) -> OpenStep:
                 f"{file} should hold {index.fqn!r} at offset {info.offset}, {info.length} bytes, and has "
                 f"{sizes.get(file, 'none at all')}"
             )
-    return OpenStep(folder, folder, None, keys_of(metadata), lacking, metadata)
+    return OpenStep(folder, folder, None, keys_of(metadata), lacking, _foreign=metadata)
 
 
 def is_inside(info: _StorageInfo, path: str, sizes: Mapping[str, int]) -> bool:
@@ -232,13 +235,16 @@ def is_inside(info: _StorageInfo, path: str, sizes: Mapping[str, int]) -> bool:
 @dataclass(frozen=True, slots=True)
 class Restoring:
     """A restore that fits its target, which is untouched so far. unasked: keys of the checkpoint not in the target,
-    other than other ranks' own values. whole: what needs no planner; planned: what one asks for, None: nothing.
-    unverified: keys that were read and carry no checksum."""
+    other than other ranks' own values. missing: keys of the target that the checkpoint may lack, and does. leaves: what
+    of the target is read, {key: leaf}. whole: what needs no planner; planned: what one asks for, None: nothing.
+    given: what that planner fills. unverified: keys that were read and carry no checksum."""
 
     step: OpenStep
     target: dict[str, Any]
     unasked: tuple[str, ...]
+    missing: tuple[str, ...]
     leaves: Mapping[str, Leaf]
+    given: dict[str, Any]
     whole: Whole | None
     planned: Planned | None
     safe_globals: Iterable[Any]
@@ -273,14 +279,18 @@ def prepare(
     is_coordinator: bool,
     load_planner: LoadPlanner | None,
     safe_globals: Iterable[Any],
+    selection: Selection = EVERYTHING,
 ) -> Restoring:
     """Compare a step with a nested state dict to read it into, and plan. Reads nothing, changes nothing.
 
-    load_planner: a user's; it alone then decides about missing keys. Raises StateMismatchError; DamagedStepError: a
-    file that holds what the target asks for is missing or cut.
+    load_planner: a user's; it alone then decides about missing keys, but for those that `selection` lets be. Raises
+    StateMismatchError; DamagedStepError: a file that holds what the target asks for is missing or cut.
     """
-    targets = leaves(target, objects_of(step._foreign))
+    asked = leaves(target, objects_of(step._foreign))
     where = f"the checkpoint at {join(storage.url, step.folder)}"
+    selection.check_used(step.keys, where)
+    targets, missing = _selected(asked, step.keys, selection)
+    given = target if len(targets) == len(asked) else {fqn: leaf.value for fqn, leaf in targets.items()}
     compare(targets, step.keys, where, load_planner is None)
     if lost := list(dict.fromkeys(what for key, what in step.lacking.items() if key in targets)):
         named = "; ".join(lost[:8]) + ("; ..." if len(lost) > 8 else "")
@@ -289,23 +299,38 @@ def prepare(
     if load_planner is not None:
         planner = copy.copy(load_planner)
         reader = Reserialising(planner, safe_globals)
-        planned = _plan(planner, target, step.metadata, is_coordinator, reader)
+        planned = _plan(planner, given, step.metadata, is_coordinator, reader)
     elif step.manifest is None:
         planner = _SafeLoadPlanner(safe_globals)
-        planned = _plan(planner, target, step.metadata, is_coordinator, planner)
+        planned = _plan(planner, given, step.metadata, is_coordinator, planner)
     else:
         whole, rest = find_whole(step.manifest, step.keys, {fqn: leaf.value for fqn, leaf in targets.items()})
         if rest:
             planner = _SafeLoadPlanner(safe_globals)
             planned = _plan(planner, rest, _metadata_of_some(step.manifest, rest), is_coordinator, planner)
-    return Restoring(step, target, _unasked(step.keys, targets), targets, whole, planned, safe_globals)
+    unasked = tuple(key for key in _unasked(step.keys, asked) if selection.has(key))
+    return Restoring(step, target, unasked, missing, targets, given, whole, planned, safe_globals)
+
+
+def _selected(
+    asked: Mapping[str, Leaf], keys: Keys, selection: Selection
+) -> tuple[Mapping[str, Leaf], tuple[str, ...]]:
+    """What of the target is to be read, and what else of it may stay as it is because the checkpoint lacks it."""
+    if selection is EVERYTHING:
+        return asked, ()
+    taken = {fqn: leaf for fqn, leaf in asked.items() if selection.has(fqn)}
+    may_lack = selection.may_lack
+    missing = () if may_lack is None else tuple(fqn for fqn in taken if fqn not in keys and may_lack(fqn))
+    for fqn in missing:
+        del taken[fqn]
+    return taken, missing
 
 
 def read(storage: Storage, restoring: Restoring, ranks: Ranks | None = None, *, read_once: bool = False) -> int | None:
     """Read into the tensors and containers of the target; the bytes that this rank took from storage. A collective call
-    with `read_once`, and where the user's planner has a global plan of its own; ranks None: this process
-    reads for itself. None: with `read_once` another rank failed. Then, and with DamagedStepError and OSError, the target
-    may be half overwritten."""
+    with `read_once`, and where the user's planner has a global plan of its own; with `ranks` None never: this process
+    reads for itself. None: with `read_once` another rank failed. Then, and with DamagedStepError and OSError, the
+    target may be half overwritten."""
     num_bytes, folder, whole = 0, restoring.step.data_folder, restoring.whole
     done, objects = None, dict[str, bytes]()
     if read_once and whole is not None and ranks is not None and ranks.world_size > 1:  # first: other ranks wait for it
@@ -323,6 +348,8 @@ def read(storage: Storage, restoring: Restoring, ranks: Ranks | None = None, *, 
         num_bytes += read_items(
             storage, folder, planned.where, plan.items, planned.reader, unverified=restoring.unverified
         )
+    if restoring.given is not restoring.target:
+        values |= {fqn: value for fqn, value in restoring.given.items() if value is not restoring.leaves[fqn].value}
     for fqn, value in values.items():  # when all was found whole
         leaf = restoring.leaves[fqn]
         leaf.container[leaf.key] = value

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -25,12 +25,14 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.optim import Optimizer
 
-from asyncckpt.errors import StateMismatchError
+from asyncckpt.errors import UNCHANGED, StateMismatchError
 from asyncckpt.loader import LoaderPosition
 from asyncckpt.named_state import ModuleState, OptimizerState, SavedKeys
 from asyncckpt.object_state import ObjectState, is_stateful, pack, unpack
 from asyncckpt.per_rank import PerRank, saved_ranks, source_rank
+from asyncckpt.plan import leaves
 from asyncckpt.rng import derive_rng_state, rng_state, set_rng_state
+from asyncckpt.selection import EVERYTHING, Selection
 
 _OWN_KEYS = ("model", "optimizer", "scheduler", "scaler", "progress", "rng", "dataloader")
 
@@ -145,53 +147,91 @@ class TrainState:
         state |= {name: part.get() for name, part in self._objects.items()}
         return {f"{key}/rank_{_rank()}" if key in self._per_rank else key: value for key, value in state.items()}
 
-    def target_state_dict(self, saved: SavedKeys) -> dict[str, Any]:
+    def target_state_dict(self, saved: SavedKeys, selection: Selection = EVERYTHING) -> dict[str, Any]:
         """What a checkpoint is to be loaded into before `load_state_dict`: state_dict(), fitted to what was saved.
 
         saved: DCP's `Metadata.state_dict_metadata`, with keys as they flatten from this object's own state dict.
         The checkpoint decides which rank's values there are to take, which parameters have optimizer state, and what
         tensors a registered object has; tensors that are not here yet are allocated.
-        Raises StateMismatchError: the checkpoint has more parameter groups than the optimizer; nothing was changed.
+        selection: parts of which it takes nothing are left out. Of a model it may take any keys.
+        Raises StateMismatchError: the checkpoint has more parameter groups than the optimizer, or the selection takes
+        a part of what can only be loaded whole; nothing was changed.
         """
         target = self._with_optimizers(
             {
-                name: optimizer.target(saved, f"optimizer.{name}." if name else "optimizer.")
+                name: optimizer.target(saved, f"{_optimizer_key(name)}.")
+                if not selection.may_lack or _saved_below(_optimizer_key(name), saved)
+                else optimizer.get()
                 for name, optimizer in self._optimizers.items()
+                if _is_taken(_optimizer_key(name), saved, selection)
             }
         )
+        if selection is not EVERYTHING:
+            target = {key: part for key, part in target.items() if self._is_taken(key, part, saved, selection)}
+            saved = {key: entry for key, entry in saved.items() if selection.has(key)}
         ranks, rank = saved_ranks(saved), _rank()
         for base in self._per_rank & {key.partition("/")[0] for key in target}:
             target[f"{base}/rank_{source_rank(base, rank, ranks, _world_size())}"] = target.pop(f"{base}/rank_{rank}")
-        if self._model is not None:
+        if self._model is not None and "model" in target:
             self._model.fit(target["model"], saved, "model.")
         for key in target:
-            if (part := self._objects.get(key.partition("/")[0])) is not None:
+            part = self._objects.get(key.partition("/")[0])
+            if part is not None and (not selection.may_lack or _saved_below(key, saved)):
                 part.fit(target[key], saved, f"{key}.")
         return target
+
+    def _is_taken(self, key: str, part: Any, saved: SavedKeys, selection: Selection) -> bool:
+        """Whether the selection takes something of a part of the target."""
+        name = key.partition("/")[0]
+        if name == "optimizer":  # of each alone
+            return True
+        if name in ("model", "scheduler") or isinstance(self._objects.get(name), ModuleState):
+            return any(map(selection.has, leaves({key: part})))
+        return _is_taken(key, saved, selection)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put a state back: models and optimizers, then what depends on them, the random streams last.
 
         Raises StateMismatchError for a missing part, torch's errors for a model or optimizer of another structure.
         """
-        if self._model is not None:
+        self._load(state_dict, set(self._parts()))
+
+    def load_parts(self, state_dict: Mapping[str, Any]) -> None:
+        """The same of what `target_state_dict` gave for a selection: what is not there stays as it is."""
+        optimizers = map(_optimizer_key, state_dict.get("optimizer", ()))
+        self._load(state_dict, {*(key.partition("/rank_")[0] for key in state_dict), *optimizers})
+
+    def _parts(self) -> Iterator[str]:
+        """Of a whole state; the optimizers each."""
+        yield "progress"
+        own = self._model, self._schedulers, self._scaler is not None, self._rng, self._loaders
+        names = "model", "scheduler", "scaler", "rng", "dataloader"
+        yield from (name for name, part in zip(names, own, strict=True) if part)
+        yield from self._objects
+        yield from map(_optimizer_key, self._optimizers)
+
+    def _load(self, state_dict: Mapping[str, Any], parts: Container[str]) -> None:
+        if self._model is not None and "model" in parts:
             self._model.load(_part(state_dict, "model"))
         for name, optimizer in self._optimizers.items():
-            osd = _part(state_dict, "optimizer")
-            optimizer.load(_part(osd, name) if name else osd)
+            if _optimizer_key(name) in parts:
+                osd = _part(state_dict, "optimizer")
+                optimizer.load(_part(osd, name) if name else osd)
         for name, part in self._objects.items():
-            part.load(_own_part(state_dict, name)[1] if name in self._per_rank else _part(state_dict, name))
-        for name, scheduler in self._schedulers.items():
+            if name in parts:
+                part.load(_own_part(state_dict, name)[1] if name in self._per_rank else _part(state_dict, name))
+        for name, scheduler in self._schedulers.items() if "scheduler" in parts else ():
             saved = _part(state_dict, "scheduler")
             scheduler.load_state_dict(unpack(_part(saved, name) if name else saved))
             _fit_to_groups(scheduler, always=self._options.flatten_optimizer_state_dict)
-        if self._scaler is not None:
+        if self._scaler is not None and "scaler" in parts:
             self._scaler.load_state_dict(unpack(_part(state_dict, "scaler")))
-        for name, position in self._loaders.items():
+        for name, position in self._loaders.items() if "dataloader" in parts else ():
             position.load_state_dict(_part(unpack(_own_part(state_dict, "dataloader")[1]), name))
-        progress = unpack(_part(state_dict, "progress"))
-        self.step, self.epoch = progress["step"], progress["epoch"]
-        if self._rng:
+        if "progress" in parts:
+            progress = unpack(_part(state_dict, "progress"))
+            self.step, self.epoch = progress["step"], progress["epoch"]
+        if self._rng and "rng" in parts:
             source, streams = _own_part(state_dict, "rng")
             set_rng_state(unpack(streams)) if source == _rank() else derive_rng_state(unpack(streams), _rank())
 
@@ -208,6 +248,29 @@ def _module_state(models: Mapping[str, nn.Module], options: StateDictOptions) ->
     if not models:
         return None
     return ModuleState(models[""] if "" in models else nn.ModuleDict(models), options)
+
+
+def _optimizer_key(name: str) -> str:
+    return f"optimizer.{name}" if name else "optimizer"
+
+
+def _saved_below(part: str, saved: Iterable[str]) -> list[str]:
+    """The checkpoint's keys of a part of the state."""
+    return [key for key in saved if key == part or key.startswith(f"{part}.")]
+
+
+def _is_taken(part: str, saved: SavedKeys, selection: Selection) -> bool:
+    """Whether the selection takes a part that is loaded whole. StateMismatchError: it takes some of it."""
+    if selection.takes is None:
+        return True
+    found = {selection.has(key): key for key in _saved_below(part, saved) or [part]}
+    if len(found) == 2:
+        raise StateMismatchError(
+            f"keys= takes {found[True]!r} and not {found[False]!r}: of a TrainState {part!r} is restored whole or not "
+            "at all. Take all of it, or restore into a plain dict",
+            outcome=UNCHANGED,
+        )
+    return True in found
 
 
 def _by_name(value: Any) -> dict[str, Any]:
