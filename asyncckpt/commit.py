@@ -29,6 +29,7 @@ from asyncckpt import events
 from asyncckpt.chunks import ChunkTable, Key
 from asyncckpt.dcp_metadata import pickle_metadata
 from asyncckpt.errors import CheckpointError, CommitError, DamagedStepError, StepNotFoundError
+from asyncckpt.files import File
 from asyncckpt.framing import crc32
 from asyncckpt.index import RunIndex
 from asyncckpt.manifest import FileRecord, Head, Manifest, encode_manifest
@@ -69,10 +70,17 @@ class SaveJob:
     stall_s: float = 0.0
     is_borrowed: bool = False
     """The snapshot is copied as it is written."""
+    files: Mapping[str, File] = field(default_factory=dict)
+    """Of this rank; their values are part of the snapshot."""
 
     @property
     def folder(self) -> str:
         return f"{self.step}/{self.attempt}"
+
+    @property
+    def num_bytes(self) -> int:
+        """That are held in memory."""
+        return self.snapshot.num_bytes + sum(file.num_plain_bytes for file in self.files.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,7 +492,7 @@ def mend_step(storage: Storage, folder: str, stock: bytes | None = None, sequenc
                 step = open_step(storage, folder)
             except StepNotFoundError:
                 return
-            if step.lacking:
+            if step.lacking or step.lost:
                 raise DamagedStepError(f"{join(storage.url, folder)} lacks files of its newest save", url=storage.url)
             manifest = step.manifest
             if manifest is None:  # not ours any more

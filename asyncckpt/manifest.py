@@ -17,7 +17,8 @@ One JSON object, ASCII, no newline. Its last member is `"crc32"`, eight hex digi
     payload_crc32  eight hex digits for each chunk: of its payload (an object's item is its payload)
     item_crc32     likewise, of the whole item
     block_crc32    likewise, for each 4 MiB of each payload that is longer, in order
-    files     columns: name (below `<step>/<attempt>/`, each once), size, crc32 of the whole file
+    files     columns: name (below `<step>/<attempt>/`, each once), size, crc32 of the whole file. Those that no chunk
+              names are opaque: bytes that a user gave, under a name with "/" between its parts (`check_file_name`)
     dcp_metadata   size and crc32 of the stock `.metadata` that was written with this step
 
 A payload starts at offset + head_bytes and is as long as its dtype and shape say; its strides are dense. The chunks of
@@ -33,7 +34,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, repeat, starmap
 from typing import Any
@@ -64,7 +65,11 @@ _MEMBERS = {
 }  # fmt: skip
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 _ATTEMPT = re.compile(r"([0-9]{8,18})-[0-9a-f]{16}\Z")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
+_DATA_NAME = re.compile(r"(?!\.)[A-Za-z0-9_.-]+\Z")
+_PART = re.compile(r"(?!\.{1,2}\Z)(?!\.tmp-)[A-Za-z0-9_.=+@,()~ -]{1,200}\Z")
+_TAKEN = re.compile(r"(__[0-9]+_[0-9]+\.distcp|dead)(/|\Z)")
+MAX_NAME = 512
+"""Letters of a file's name; a key of S3 has 1024 bytes at most, the run's prefix among them."""
 _NAMES_PER_CALL = 8192
 """What one call into C turns into text: about 1 ms, for which it holds the GIL beside a training loop."""
 
@@ -113,6 +118,36 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
+    @property
+    def opaque(self) -> list[FileRecord]:
+        """The files that a user gave: no chunk is in them."""
+        with_chunks = set(np.unique(self.chunks.placement.file).tolist())
+        return [file for number, file in enumerate(self.files) if number not in with_chunks]
+
+
+def check_file_name(name: Any) -> str:
+    """`name` as it is. ValueError unless an opaque file may have it, in every storage: parts of letters, digits and
+    `_.=+@,()~ -` between slashes, none of them "." or ".." or with the start of a storage's own (".tmp-"), and no name
+    of ours at the beginning."""
+    if type(name) is not str or len(name) > MAX_NAME or not all(map(_PART.match, name.split("/"))):
+        raise ValueError(
+            f"{name!r:.600} is no name for a file: it takes at most {MAX_NAME} ASCII letters, digits, and any of "
+            '"_.=+@,()~ -", in parts of at most 200 with "/" between them; "." and ".." are none, nor is ".tmp-..."'
+        )
+    if _TAKEN.match(name):
+        raise ValueError(f"{name!r} is no name for a file: files of our own are called so. Put it into a folder")
+    return name
+
+
+def check_folders(names: Iterable[str]) -> None:
+    """ValueError if a name is also the folder of another: a file system cannot hold both."""
+    known = set(names)
+    for name in known:
+        parts = name.split("/")
+        for end in range(1, len(parts)):
+            if (folder := "/".join(parts[:end])) in known:
+                raise ValueError(f"{folder!r} is a file, and {name!r} lies in a folder of that name")
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """With the keys of an earlier call, what has not changed since is taken from there."""
@@ -145,6 +180,7 @@ def decode_manifest(data: bytes) -> Manifest:
         keys = _decode_keys(document)
         files = _decode_files(document["files"])
         placement = _decode_placement(document, keys.fqns, files)
+        _check_names(placement, files)
         chunks = _decode_chunks(document, placement)
         layouts = [layout for layout, _ in placement.layouts]
         check_tiling(keys, placement.key, box, list(map(tuple, document["boxes"])), placement.layout, layouts)
@@ -319,7 +355,8 @@ def encode_records(chunks: ChunkTable, files: Sequence[FileRecord], known: Place
     """What one rank tells the coordinator after writing, as two lines: what its chunks are, the same for as long as its
     placements are alike, and where they lie this time.
 
-    known: of the last report, if the coordinator surely has it. What has not changed since then is left out.
+    files: the opaque ones last. known: of the last report, if the coordinator surely has it. What has not changed since
+    then is left out.
     """
     placement = chunks.placement
     _check_order(placement, files)
@@ -327,7 +364,8 @@ def encode_records(chunks: ChunkTable, files: Sequence[FileRecord], known: Place
     columns = [] if known is placement else [placement.file, placement.offset, placement.length]
     places = np.array(columns, "<i8").tobytes().hex().encode()
     members = _checksums_text(chunks), _members(_file_columns(files))
-    return b'%b\n{"places":"%b",%b,"files":{%b}}' % (line, places, *members)
+    num_opaque = len(files) - len(placement.files)
+    return b'%b\n{"places":"%b",%b,"files":{%b},"num_opaque":%d}' % (line, places, *members, num_opaque)
 
 
 def _line(placement: Placement) -> bytes:
@@ -352,7 +390,7 @@ def _decode_records(data: bytes, before: Placement | None) -> tuple[ChunkTable, 
     line, rest = data.split(b"\n", 1)
     document = json.loads(rest)
     files = _decode_files(document["files"])
-    names = tuple(file.name for file in files)
+    names = tuple(file.name for file in files[: len(files) - _natural(document["num_opaque"])])
     if before is not None and not line and not document["places"]:
         _check_places(before, files)
         return _decode_chunks(document, before), files
@@ -370,7 +408,8 @@ def _decode_records(data: bytes, before: Placement | None) -> tuple[ChunkTable, 
 
 
 def _check_order(placement: Placement, files: Sequence[FileRecord]) -> None:
-    if placement.files != tuple(file.name for file in files):
+    """Opaque ones come last; a placement that was read names them, too."""
+    if placement.files != tuple(file.name for file in files[: len(placement.files)]):
         raise ValueError("the files of a placement and their records differ")
 
 
@@ -461,12 +500,19 @@ def _check_paths(fqns: tuple[str, ...], rows: tuple[tuple[Any, ...], ...], row: 
 def _decode_files(columns: Mapping[str, Any]) -> list[FileRecord]:
     names, sizes, crcs = columns["name"], columns["size"], columns["crc32"]
     files = list(starmap(FileRecord, zip(names, _numbers(sizes).tolist(), _numbers(crcs).tolist(), strict=True)))
-    for file in files:
-        if not _FILE_NAME.match(file.name) or file.name.startswith("."):
-            raise ValueError(f"file name {file.name!r}")
-    if len(set(names)) != len(files):
-        raise ValueError("a file name stands there twice")
+    if not set(map(type, names)) <= {str} or len(set(names)) != len(files):
+        raise ValueError("a file name is none, or stands there twice")
     return files
+
+
+def _check_names(placement: Placement, files: Sequence[FileRecord]) -> None:
+    with_chunks = set(np.unique(placement.file).tolist())
+    for number, file in enumerate(files):
+        if number not in with_chunks:
+            check_file_name(file.name)
+        elif not _DATA_NAME.match(file.name):
+            raise ValueError(f"file name {file.name!r}")
+    check_folders(file.name for file in files)
 
 
 Contents = tuple[
@@ -508,8 +554,8 @@ def _check_places(placement: Placement, files: Sequence[FileRecord]) -> None:
     file, offset, length = placement.file, placement.offset, placement.length
     if not len(placement) == len(file) == len(offset) == len(length):
         raise ValueError("the columns of the chunks differ in length")
-    if len(file) and not 0 <= int(file.min()) <= int(file.max()) < len(files):
-        raise IndexError(f"file {file.min()} to {file.max()} of {len(files)}")
+    if len(file) and not 0 <= int(file.min()) <= int(file.max()) < len(placement.files):
+        raise IndexError(f"file {file.min()} to {file.max()} of {len(placement.files)}")
     sizes = numbers(record.size for record in files)[file]
     for number in np.flatnonzero((offset < 0) | (length < 0) | (offset > sizes) | (length > sizes - offset)):
         end, name = int(offset[number]) + int(length[number]), placement.files[file[number]]

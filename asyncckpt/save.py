@@ -28,6 +28,7 @@ from asyncckpt import events
 from asyncckpt.chunks import ChunkTable, Placement, merge
 from asyncckpt.commit import Committer, SaveJob
 from asyncckpt.errors import CheckpointError, CommitError, SaveError, WriteError
+from asyncckpt.files import write_files
 from asyncckpt.manifest import FileRecord, decode_records, encode_records
 from asyncckpt.ranks import Ranks
 from asyncckpt.shard import Regions, Resolved, StagedPayloads, write_items, write_shard
@@ -38,7 +39,7 @@ _UNKNOWN = "may be saved or not (refresh() tells)"
 
 
 Part: TypeAlias = tuple[ChunkTable, list[FileRecord]]
-"""What one rank wrote."""
+"""What one rank wrote; the files that a user gave come last."""
 
 
 @dataclass(slots=True)
@@ -121,6 +122,7 @@ class Saver:
             writing = time.perf_counter()
             chunks, files = self._write_shard(job)
             job.snapshot.wait()  # raises if the copy turned out not to be one moment of the state
+            files += write_files(self.storage, job.folder, job.files, self.pause)
         except Exception as exc:
             return None, exc
         finally:
@@ -204,7 +206,8 @@ class Saver:
         parts = [mine, *(decode_records(report, placement) for report, placement in zip_longest(reports, before))]
         chunks = merge([table for table, _ in parts], self._placement)
         self._placement = chunks.placement
-        return chunks, [file for _, files in parts for file in files]
+        data = [file for table, files in parts for file in files[: len(table.placement.files)]]
+        return chunks, data + [file for table, files in parts for file in files[len(table.placement.files) :]]
 
     def _tell_end(self, job: SaveJob, verdict: _Verdict) -> _Verdict:
         """Of the commit; what it came to in the end."""
