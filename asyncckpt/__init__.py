@@ -23,7 +23,7 @@ General layout, in the order in which a save passes through it (each module impo
     per_rank                          values that each rank keeps for itself
     shard_layout, objects             where items lie in files; what may be saved
     global_plan, plan                 who writes what: rank 0's decision, and how the ranks come to it
-    shard                             items to bytes
+    shard, files                      items to bytes; files that a user gives, too
     torch_file, safetensors_file      the same as torch.save and safetensors write it: streams of views
     selection                         which keys a restore takes
     read, read_items                  and back: ranges of files; load plans
@@ -33,6 +33,7 @@ General layout, in the order in which a save passes through it (each module impo
     restore, commit                   one step: read; made visible, and what is over cleared away
     lookup                            what is in a step, and one value of it
     save, verify                      the writer thread's half of a manager; the bytes of a step, all looked at
+    fetch                             the files that a step was given, into a folder
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names
     rng, loader                       random streams, the place in the data

@@ -18,6 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
@@ -26,13 +27,17 @@ from asyncckpt.arguments import check_arguments, check_retry_timeout, check_step
 from asyncckpt.commit import Committer, SaveJob
 from asyncckpt.errors import CheckpointError, SaveError, located
 from asyncckpt.events import log_events
+from asyncckpt.files import File, check_across_ranks, checked, take_files, with_files
 from asyncckpt.index import RunIndex
+from asyncckpt.lookup import read_value, tree_of
 from asyncckpt.plan import SavePlanning
 from asyncckpt.policy import KeepAny, KeepLast, KeepPolicy, SaveEvery, SavePolicy, uses_clock
 from asyncckpt.preemption import GracePeriod, SavePace, SigtermHandler, in_ms, why_too_late
 from asyncckpt.ranks import Ranks
+from asyncckpt.restore import OpenStep
 from asyncckpt.restorer import Restorer
 from asyncckpt.save import Saver
+from asyncckpt.selection import KeyFilter, Selection
 from asyncckpt.state import State, for_save, num_bytes_of
 from asyncckpt.steps import StepFiles, attempt_name, new_token, read_listing, summarise
 from asyncckpt.storage import RETRY_S, open_storage
@@ -147,6 +152,7 @@ class CheckpointManager:
         self._sync_point = SyncPoint(self._ranks, timeout_s=min(60.0, timeout, (grace_period or math.inf) / 3))
         self._ask_again()  # if SIGTERM came meanwhile
         self._planning = SavePlanning(self._ranks, save_planner, self._safe_globals)
+        self._file_names = frozenset[str]()  # of this rank's last save, which no other rank has
         self._max_pending = max_pending_async
         self._last_step: int | None = None
         self._last_time = time.monotonic()
@@ -219,6 +225,7 @@ class CheckpointManager:
         *,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        files: Mapping[str, File | bytes] | None = None,
     ) -> bool:
         """Take a checkpoint if this step is due, and return once the state is copied. True: it was taken.
 
@@ -227,10 +234,12 @@ class CheckpointManager:
         Stateful stands for its state_dict(). It is the state at this call that is saved (see `stager`).
         force: save at this step in any case. metrics: numbers for keep policies; NaN counts as missing.
         metadata: JSON values for the manifest. Of both, rank 0's are kept.
+        files: this rank's files of the step, by names that no other rank gives, with "/" for folders: copied with the
+        state, made and written in the background, listed by `files` and brought back by `fetch`.
         Raises what an earlier save failed with, once (SaveError); UnsafeObjectError, StagingError and ValueError for a
         state that cannot be saved: nothing was written.
         """
-        return self._save(step, state_dict, force, metrics, metadata, borrow=False) is not None
+        return self._save(step, state_dict, force, metrics, metadata, files, borrow=False) is not None
 
     def save(
         self,
@@ -240,9 +249,10 @@ class CheckpointManager:
         *,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        files: Mapping[str, File | bytes] | None = None,
     ) -> bool:
         """`save_async`, and wait until the step is committed; the copy is made while it is written."""
-        snapshot = self._save(step, state_dict, force, metrics, metadata, borrow=True)
+        snapshot = self._save(step, state_dict, force, metrics, metadata, files, borrow=True)
         if snapshot is None:
             return False
         try:
@@ -260,6 +270,7 @@ class CheckpointManager:
         force: bool,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, Any] | None,
+        files: Mapping[str, File | bytes] | None,
         *,
         borrow: bool,
     ) -> StagedSnapshot | None:
@@ -274,7 +285,7 @@ class CheckpointManager:
         if not due and not force:
             return None
         is_for_sigterm = self._is_preempted and self._preempted_at is None
-        if is_for_sigterm and not force and (reason := self._why_too_late(step, state)):
+        if is_for_sigterm and not force and (reason := self._why_too_late(step, state, files)):
             self._emit_now(events.Skipped, step, reason=reason)
             self._preempted_at, self._is_requested = step, False
             return None
@@ -284,7 +295,7 @@ class CheckpointManager:
             return None
         wait_s = self._writer.acquire()
         try:
-            job = self._stage(step, state, started, metrics, metadata, borrow)
+            job = self._stage(step, state, started, metrics, metadata, files, borrow)
         except BaseException:
             self._writer.release()
             raise
@@ -293,24 +304,24 @@ class CheckpointManager:
         try:
             self._emit_now(
                 events.Staged, step,
-                num_bytes=job.snapshot.num_bytes, wait_s=wait_s, stage_s=stage_s, stall_s=job.stall_s,
+                num_bytes=job.num_bytes, wait_s=wait_s, stage_s=stage_s, stall_s=job.stall_s,
                 is_blocking=borrow,
             )  # fmt: skip
         finally:  # a sink may call sys.exit(), and be interrupted by Ctrl-C: what is staged is saved all the same
-            self._writer.submit(self._pace.timed(job.snapshot.num_bytes, stage_s, lambda: self._saver.run(job)))
+            self._writer.submit(self._pace.timed(job.num_bytes, stage_s, lambda: self._saver.run(job)))
         self._last_step, self._last_time, self._is_requested = step, time.monotonic(), False
         if self._is_preempted and self._preempted_at is None:
             self._preempted_at = step
         return job.snapshot
 
-    def _why_too_late(self, step: int, state: State) -> str:
+    def _why_too_late(self, step: int, state: State, files: Mapping[str, File | bytes] | None) -> str:
         """Why a save at this step would be too late, or "": the same word on all ranks. A collective call."""
         self._ranks.step = step
         rows = self._ranks.agree([step, self._grace.is_running], phase="preempt")
         if not any(row[1] for row in rows):
             return ""
         # The ranks came one by one; only what each says now is of one moment.
-        needed_s = self._pace.needed_s(num_bytes_of(state, self._ranks.rank))
+        needed_s = self._pace.needed_s(num_bytes_of(state, files, self._ranks.rank))
         return why_too_late(self._ranks.agree([in_ms(self._grace.left_s()), in_ms(needed_s)], phase="preempt"))
 
     def _is_any_busy(self, step: int) -> bool:
@@ -324,17 +335,19 @@ class CheckpointManager:
         started: float,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, Any] | None,
+        files: Mapping[str, File | bytes] | None,
         borrow: bool,
     ) -> SaveJob:
         """Copy the state, agree with the other ranks that all have, and plan. A collective call."""
         self._ranks.step = step
-        snapshot, failure = None, None
+        snapshot, failure, given = None, None, dict[str, File]()
         status = _FAILED_BEFORE if self._writer.has_failures else _STAGED
         if status == _STAGED:
             try:
                 facts = json_metadata(metadata), finite_metrics(metrics)
+                given = checked(files)
                 view = self._view(step, state)
-                snapshot = self._snapshot(view, borrow)
+                snapshot = self._snapshot(view, given, borrow)
             except Exception as exc:
                 status, failure = _FAILED, located(exc, step, self.url, self._ranks.rank)
         try:
@@ -343,9 +356,14 @@ class CheckpointManager:
             sequence, token = self._index.take_sequence(), new_token()
             if not self._ranks.is_coordinator:  # rank 0's hold, and messages that are alike are short
                 sequence = token = 0
-            rows = self._ranks.agree([status, step, is_new, sequence, token], phase="save")
+            has_new_names = given.keys() != self._file_names
+            rows = self._ranks.agree([status, step, is_new, sequence, token, has_new_names], phase="save")
             self._raise_disagreement(step, rows, failure)
             assert snapshot is not None
+            if any(row[5] for row in rows):
+                check_across_ranks(self._ranks, given)
+                self._file_names = frozenset(given)
+            staged = take_files(snapshot.state_dict, given)
             replan = any(row[2] for row in rows)
             planned = self._planning.plan(view, snapshot.state_dict, structure, replan=replan)
             if replan and planned.plan.differing:
@@ -356,10 +374,11 @@ class CheckpointManager:
                     snapshot.wait()
                 snapshot.release()
             raise
-        _, _, _, sequence, token = rows[0]
+        _, _, _, sequence, token, _ = rows[0]
         return SaveJob(
-            step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started, is_borrowed=borrow
-        )
+            step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started,
+            is_borrowed=borrow, files=staged,
+        )  # fmt: skip
 
     def _view(self, step: int, state: State) -> dict[str, Any]:
         """What is to be saved, not yet copied."""
@@ -376,9 +395,10 @@ class CheckpointManager:
                 self._stager.watch(optimizer)
         return view
 
-    def _snapshot(self, view: dict[str, Any], borrow: bool) -> StagedSnapshot:
+    def _snapshot(self, view: dict[str, Any], files: Mapping[str, File], borrow: bool) -> StagedSnapshot:
+        stage = self._stager.borrow if borrow else self._stager.snapshot
         try:
-            snapshot = self._stager.borrow(view) if borrow else self._stager.snapshot(view)
+            snapshot = stage(with_files(view, files))
         except StagingError:
             self._planning.check(view, None)  # may say better what is wrong with it
             raise
@@ -432,13 +452,14 @@ class CheckpointManager:
             ) from exc  # fmt: skip
         self._is_writable = True
 
-    def prewarm(self, state_dict: State) -> None:
+    def prewarm(self, state_dict: State, *, files: Mapping[str, File | bytes] | None = None) -> None:
         """Make the first save cost no more than a later one: allocate and page-lock the buffers of all saves in flight,
         plan, and try whether the path can be written to. A collective call. Raises what `save` would.
         """
         self._check_open()
-        self._stager.prewarm(for_save(state_dict, self._ranks.rank), num_snapshots=self._max_pending)
-        job = self._stage(_NO_STEP, state_dict, time.perf_counter(), None, None, borrow=True)
+        view = with_files(for_save(state_dict, self._ranks.rank), checked(files))
+        self._stager.prewarm(view, num_snapshots=self._max_pending)
+        job = self._stage(_NO_STEP, state_dict, time.perf_counter(), None, None, files, borrow=True)
         try:
             self._saver.prepare(job)
         finally:
@@ -478,6 +499,15 @@ class CheckpointManager:
         """The highest committed step number, or None."""
         return max(self.all_steps(), default=None)
 
+    def files(self, step: int) -> Mapping[str, int]:
+        """{name: size in bytes} of the files that were given to `save` for a step, by all ranks.
+
+        Reads the step's manifest. Not collective. Raises StepNotFoundError, also for a checkpoint of another writer;
+        DamagedStepError; RestoreError: the step cannot be read.
+        """
+        self._check_process()
+        return self._restorer().files(step)
+
     def refresh(self) -> None:
         """List the steps in storage again. A collective call; for jobs that follow another run."""
         self._check_open()
@@ -503,22 +533,44 @@ class CheckpointManager:
 
     # -- restoring
 
-    def restore(self, step: int, state_dict: TrainState | dict[str, Any], *, strict: bool = False) -> None:
+    def restore(
+        self,
+        step: int,
+        state_dict: TrainState | dict[str, Any],
+        *,
+        strict: bool = False,
+        keys: KeyFilter | None = None,
+        allow_missing: bool | KeyFilter = False,
+    ) -> None:
         """Read a step into the tensors of `state_dict`, in place, and into its containers for other values.
 
         A collective call. Any number of ranks may restore what any other number saved. The layout of DTensors is the
         target's. Checksums are verified.
         state_dict: what `save` takes; a fresh optimizer in it must be primed (`prime_optimizer`), a TrainState does so.
-        strict: keys of the checkpoint that every rank's `state_dict` lacks are an error, too, instead of an event.
+        strict: keys of the checkpoint that every rank's `state_dict` lacks are an error, too, instead of an event. Rank
+        0's word counts.
+        keys: restore only those of `state_dict` and leave the rest as it is: a pattern, several ("model.layers.*"), or
+        a function that is asked about each key; see selection.py. Of a TrainState anything of the model, of what else
+        it has each part or none of it. Ranks may differ. strict then is about the keys that are taken.
+        allow_missing: True, or for which keys: what the checkpoint lacks of them keeps its value (events.Restored has
+        the names), instead of being an error.
         Raises StepNotFoundError; StateMismatchError that lists all missing keys and all differing shapes and dtypes:
         nothing was changed; UnsafeObjectError and DamagedStepError: where they come of what was read, and not of the
         manifest or a missing file, `state_dict` may be half overwritten, and they say so.
         """
         self._check_open()
         self.wait_staged()
-        self._restorer().restore(step, state_dict, strict=strict)
+        self._restorer(strict, keys, allow_missing).restore(step, state_dict)
 
-    def restore_latest(self, state_dict: TrainState | dict[str, Any], *, verify: bool = False) -> int | None:
+    def restore_latest(
+        self,
+        state_dict: TrainState | dict[str, Any],
+        *,
+        verify: bool = False,
+        strict: bool = False,
+        keys: KeyFilter | None = None,
+        allow_missing: bool | KeyFilter = False,
+    ) -> int | None:
         """Restore the step committed last, or, where that is damaged, the one before it, and so on; the step restored.
 
         None: there is no step, and nothing was changed. A step whose manifest is damaged or whose files are not all
@@ -526,18 +578,84 @@ class CheckpointManager:
         into the state; then an older step is taken only if it overwrites every key that was changed, else RestoreError
         says that the state is unusable, and so does DamagedStepError if no step is whole.
         verify: read every file of a step first, each on one rank, so that a damaged step changes nothing: twice the
-        bytes from storage.
+        bytes from storage. strict, keys, allow_missing: as in `restore`.
         """
         self._check_open()
         self._writer.join()
         self.wait_staged()
-        return self._restorer().restore_latest(state_dict, verify=verify)
+        return self._restorer(strict, keys, allow_missing).restore_latest(state_dict, verify=verify)
 
-    def _restorer(self) -> Restorer:
+    def tree(self, step: int) -> dict[str, Any]:
+        """The nested dicts and lists that were saved, with a `Saved` (key, path, shape, dtype, num_bytes, num_chunks)
+        for each value; each rank's own values under `<key>/rank_<k>`. Not collective; reads the manifest.
+
+        Raises StepNotFoundError, DamagedStepError; RestoreError: the step cannot be read.
+        """
+        self._check_process()
+        tree: dict[str, Any] = self._restorer().look(step, tree_of)
+        return tree
+
+    def read(
+        self,
+        step: int,
+        key: str = "",
+        index: Any = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """A value of a step: a tensor, whole however it was sharded, or `index` of it; an object; or the nested dicts
+        and lists below `key`, "" for all. Not collective; nothing of the running state is touched.
+
+        index: as one indexes a tensor: ints, slices (steps above 0), Ellipsis, None, tuples of them. Only the blocks of
+        4 MiB are read that hold what is asked for, and they are verified. dtype, device: of the tensors, which are
+        converted (only what is floating-point) and moved after they were read; else as saved, on the CPU.
+        Raises KeyNotFoundError that names similar keys; StepNotFoundError; DamagedStepError; UnsafeObjectError;
+        IndexError, ValueError, TypeError for an index that a tensor of that shape does not take.
+        """
+        self._check_process()
+
+        def work(opened: OpenStep) -> Any:
+            return read_value(
+                self._storage, opened, key, index, safe_globals=self._safe_globals, dtype=dtype, device=device
+            )
+
+        return self._restorer().look(step, work)
+
+    def fetch(
+        self, step: int, folder: str | os.PathLike[str], select: Callable[[str], bool] = lambda name: True
+    ) -> None:
+        """Bring the files of a step, those whose names `select` wants, into a local folder, each under its name.
+
+        Not collective: each rank may want others. The folder is made; what it has under these names is replaced, or
+        kept where it is the same. Nothing in it changes before all files are there with their checksums.
+        Raises StepNotFoundError; DamagedStepError: a file is missing or differs; RestoreError: the step cannot be read,
+        or the folder not be written to.
+        """
+        self._check_open()
+        self._restorer().fetch(step, folder, select)
+
+    def fetch_latest(
+        self, folder: str | os.PathLike[str], select: Callable[[str], bool] = lambda name: True
+    ) -> int | None:
+        """`fetch` from the step committed last or, where that is damaged, from the one before it, and so on; the step.
+
+        A collective call: all ranks get files of the same step, though they may select others, and into one folder or
+        several. None: there is no step. Damaged is a step of which any file, with tensors or given, is missing or cut,
+        or one that a rank selects differs from its checksum. DamagedStepError: no step is whole; nothing was changed.
+        """
+        self._check_open()
+        self._writer.join()
+        return self._restorer().fetch_latest(folder, select)
+
+    def _restorer(
+        self, strict: bool = False, keys: KeyFilter | None = None, allow_missing: bool | KeyFilter = False
+    ) -> Restorer:
         """For one call."""
         return Restorer(
             self._storage, self._ranks, self._index, self.all_steps, self._emit_now, self._writer.join,
             load_planner=self._load_planner, safe_globals=self._safe_globals, read_once=self._read_once,
+            strict=strict, selection=Selection.of(keys, allow_missing),
         )  # fmt: skip
 
     # -- the rest

@@ -7,8 +7,9 @@ URL, the rank, and what became of the state. Called by manager.py, on the traini
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeVar
 
@@ -25,9 +26,12 @@ from asyncckpt.errors import (
     StepNotFoundError,
     located,
 )
+from asyncckpt.fetch import SAVED_AGAIN, Download, Select, fetch_files, given_files
 from asyncckpt.index import RunIndex
+from asyncckpt.lookup import look
 from asyncckpt.ranks import Ranks
 from asyncckpt.restore import PASS_OVER, Index, OpenStep, Restoring, open_step, prepare, read, read_index
+from asyncckpt.selection import EVERYTHING, Selection
 from asyncckpt.state import for_restore, take_restored
 from asyncckpt.storage import Storage
 from asyncckpt.train_state import TrainState
@@ -59,6 +63,8 @@ class Restorer:
     load_planner: LoadPlanner | None
     safe_globals: Iterable[Any]
     read_once: bool
+    strict: bool = False
+    selection: Selection = EVERYTHING
     _walks: bool = field(default=False, init=False)
     _verifies: bool = field(default=False, init=False)
     _skipped: dict[int, str] = field(default_factory=dict, init=False)
@@ -79,11 +85,88 @@ class Restorer:
             located(exc, step, self.url, self.ranks.rank)
             raise
 
+    def files(self, step: int) -> Mapping[str, int]:
+        with self._reading_files(step):
+            return {file.name: file.size for file in given_files(self.storage, open_step(self.storage, str(step)))}
+
+    def fetch(self, step: int, folder: str | os.PathLike[str], select: Select) -> None:
+        started = time.perf_counter()
+        with self._reading_files(step):
+            num_bytes = fetch_files(self.storage, str(step), folder, select)
+        self._tell_fetched(step, started, num_bytes)
+
+    @contextlib.contextmanager
+    def _reading_files(self, step: int) -> Iterator[None]:
+        self._check_known(step)
+        if self.index.is_foreign(step):
+            known = self.all_steps()
+            raise StepNotFoundError(
+                f"step {step} at {self.url} is a checkpoint of another writer (stock DCP or torch_xla), which has no "
+                f"files of ours; restore reads it. Steps of ours are {known or 'none'}",
+                known=known, step=step, url=self.url,
+            )  # fmt: skip
+        try:
+            with self._reading(step):
+                yield
+        except CheckpointError as exc:
+            located(exc, step, self.url, self.ranks.rank)
+            raise
+
+    def fetch_latest(self, folder: str | os.PathLike[str], select: Select) -> int | None:
+        return self._walk(lambda step: self._fetch_on_all_ranks(step, folder, select))
+
+    def _fetch_on_all_ranks(self, step: int, folder: str | os.PathLike[str], select: Select) -> None:
+        started = time.perf_counter()
+        self.ranks.step = step
+        for _ in range(3):  # as in `restore`
+            with contextlib.ExitStack() as stack:
+                # Two agreements, so that no rank's folder has files of a step that another rank finds damaged.
+                sequences, loaded = self._on_all_ranks(step, self._load, folder, select, stack)
+                if loaded is not None and len(set(sequences)) == 1:
+                    self._on_all_ranks(step, self._publish, loaded[0])
+                    self._tell_fetched(step, started, loaded[1])
+                    return
+        raise RestoreError(f"step {step} at {self.url} {SAVED_AGAIN}", outcome=UNCHANGED)
+
+    def _tell_fetched(self, step: int, started: float, num_bytes: int) -> None:
+        self.emit(
+            events.Restored, step, num_bytes=num_bytes, restore_s=time.perf_counter() - started,
+            skipped_steps=tuple(self._skipped), skip_reasons=tuple(self._skipped.values()),
+        )  # fmt: skip
+
+    def _publish(self, step: int, download: Download) -> tuple[int, None]:
+        download.publish()
+        return 0, None
+
+    def _load(
+        self, step: int, folder: str | os.PathLike[str], select: Select, stack: contextlib.ExitStack
+    ) -> tuple[int, tuple[Download, int] | None]:
+        """(sequence number of the save, what was read of it and its bytes), or (-1, None): another run saved it anew"""
+        try:
+            with self._reading(step):
+                opened = open_step(self.storage, str(step))
+        except StepNotFoundError as exc:
+            raise self._gone(str(step)) from exc
+        _check_listed(opened, [*opened.lacking.values(), *opened.lost])
+        download = stack.enter_context(Download(self.storage, opened, folder, select))
+        try:
+            with self._reading(step):
+                return opened.sequence, (download, download.load())
+        except DamagedStepError:
+            if self._was_replaced(opened):
+                return -1, None
+            raise
+
     def restore_latest(self, state: Target, *, verify: bool) -> int | None:
-        self._walks, self._verifies = True, verify
+        self._verifies = verify
+        return self._walk(lambda step: self.restore(step, state))
+
+    def _walk(self, take: Callable[[int], None]) -> int | None:
+        """The step committed last that `take` finds whole."""
+        self._walks = True
         for step, _ in reversed(self.index.by_commit()):
             try:
-                self.restore(step, state)
+                take(step)
             except DamagedStepError as exc:
                 self._skipped[step] = exc.what.rstrip(" .")
                 last_error = exc
@@ -97,7 +180,7 @@ class Restorer:
             ) from last_error  # fmt: skip
         return None
 
-    def restore(self, step: int, state: Target, *, strict: bool = False) -> None:
+    def restore(self, step: int, state: Target) -> None:
         started = time.perf_counter()
         self.ranks.step = step
         for _ in range(3):  # once more if another run saves the step anew while we read it
@@ -105,7 +188,7 @@ class Restorer:
             sequences, restoring = self._on_all_ranks(step, self._prepare, state, self._shared_index(step))
             if len(set(sequences)) > 1:
                 continue
-            ignored = self._unasked_by_all(restoring.unasked)
+            ignored, strict = self._unasked_by_all(restoring.unasked)
             if strict and ignored:
                 raise StateMismatchError(
                     f"step {step} at {self.url} has {len(ignored)} keys that are in no rank's state dict\n  "
@@ -116,10 +199,16 @@ class Restorer:
                 continue
             self._changed[step] = restoring.overwrites
             num_bytes, _ = self._on_all_ranks(step, self._read, state, restoring)
+            if self.selection.takes is not None and not restoring.leaves and not any(num_bytes):
+                raise StateMismatchError(
+                    f"keys= takes nothing of any rank's state dict from step {step} at {self.url}",
+                    step=step, url=self.url, outcome=self._outcome,
+                )  # fmt: skip
             if min(num_bytes) >= 0:
                 self.emit(
                     events.Restored, step, num_bytes=num_bytes[self.ranks.rank],
-                    restore_s=time.perf_counter() - started, ignored_keys=ignored, checksums=restoring.checksums,
+                    restore_s=time.perf_counter() - started, checksums=restoring.checksums,
+                    ignored_keys=ignored, missing_keys=restoring.missing,
                     skipped_steps=tuple(self._skipped), skip_reasons=tuple(self._skipped.values()),
                 )  # fmt: skip
                 return
@@ -163,13 +252,15 @@ class Restorer:
                 raise kind(message, step=step, url=self.url, rank=rank, outcome=self._outcome) from failure
         return [row[2] for row in rows], result
 
-    def _unasked_by_all(self, unasked: tuple[str, ...]) -> tuple[str, ...]:
-        """Keys of the checkpoint that no rank asks for: the stages of a pipeline, say, ask for different ones."""
-        candidates = self.ranks.broadcast_object(unasked, phase="restore")
+    def _unasked_by_all(self, unasked: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+        """Keys of the checkpoint that no rank asks for: the stages of a pipeline, say, ask for different ones. And
+        whether that is an error, as rank 0 has it, so that it is one on all ranks or on none."""
+        candidates, strict = self.ranks.broadcast_object((unasked, self.strict), phase="restore")
         if not candidates:
-            return ()
+            return (), strict
         asked = self.ranks.gather_objects(set(candidates) - set(unasked), phase="restore")
-        return self.ranks.broadcast_object(tuple(sorted(set(candidates).difference(*asked))), phase="restore")
+        ignored = tuple(sorted(set(candidates).difference(*asked)))
+        return self.ranks.broadcast_object(ignored, phase="restore"), strict
 
     def _shared_index(self, step: int) -> Index | None:
         """With `read_once` the manifest as rank 0 read it. None: each rank reads it, and hears what is wrong."""
@@ -190,10 +281,12 @@ class Restorer:
         try:
             with self._reading(step):
                 opened = open_step(self.storage, str(step), index)
-            target = for_restore(state, opened.saved, self.ranks.rank, self.ranks.world_size)
+            if self._walks:  # else it is the caller's to say whether the files matter: `fetch` tells
+                _check_listed(opened, opened.lost)
+            target = for_restore(state, opened.saved, self.ranks.rank, self.ranks.world_size, self.selection)
             restoring = prepare(
                 self.storage, opened, target, is_coordinator=self.ranks.is_coordinator,
-                load_planner=self.load_planner, safe_globals=self.safe_globals,
+                load_planner=self.load_planner, safe_globals=self.safe_globals, selection=self.selection,
             )  # fmt: skip
             self._check_overwritten_by(restoring)
         except StepNotFoundError as exc:
@@ -249,6 +342,16 @@ class Restorer:
         take_restored(state, restoring.target)
         return num_bytes, None
 
+    def look(self, step: int, work: Callable[[OpenStep], T]) -> T:
+        """What `work` makes of a step, opened. Not collective."""
+        self._check_known(step)
+        try:
+            with self._reading(step):
+                return look(self.storage, str(step), work)
+        except CheckpointError as exc:
+            located(exc, step, self.url, self.ranks.rank)
+            raise
+
     def _was_replaced(self, opened: OpenStep) -> bool:
         """Whether another run has saved the step anew, and so deletes the files of this save. DamagedStepError: it has
         dropped the step."""
@@ -294,3 +397,9 @@ class Restorer:
             "there, call refresh() first",
             known=known, step=step, url=self.url,
         )  # fmt: skip
+
+
+def _check_listed(step: OpenStep, wrong: Sequence[str]) -> None:
+    if wrong:
+        named = "; ".join(list(dict.fromkeys(wrong))[:8])
+        raise DamagedStepError(f"step {step.folder} lacks what was saved: {named}", outcome=PASS_OVER)

@@ -14,8 +14,11 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
+from asyncckpt.files import File, checked, with_files
 from asyncckpt.named_state import SavedKeys, uncast
 from asyncckpt.per_rank import collect_per_rank, expand_per_rank
+from asyncckpt.plan import leaves
+from asyncckpt.selection import EVERYTHING, Selection
 from asyncckpt.train_state import TrainState
 from stagers import StateDict
 from stagers.flatten import flatten
@@ -32,26 +35,32 @@ def for_save(state: State, rank: int) -> StateDict:
     return expand_per_rank({k: v if type(v) in values else _state_dict(v) for k, v in state.items()}, rank)
 
 
-def for_restore(state: State, saved: SavedKeys, rank: int, world_size: int) -> StateDict:
-    """What to read a checkpoint into. saved: its keys; they decide which ranks' values are there to take."""
+def for_restore(
+    state: State, saved: SavedKeys, rank: int, world_size: int, selection: Selection = EVERYTHING
+) -> StateDict:
+    """What to read a checkpoint into. saved: its keys; they decide which ranks' values are there to take. selection:
+    objects of which it takes nothing are left out."""
     if isinstance(state, TrainState):
-        return state.target_state_dict(saved)
+        return state.target_state_dict(saved, selection)
     target = {}
     for key, value in state.items():
         if isinstance(value, TrainState):
             prefix = f"{key}."
             below = {fqn.removeprefix(prefix): entry for fqn, entry in saved.items() if fqn.startswith(prefix)}
-            target[key] = value.target_state_dict(below)
+            part = value.target_state_dict(below, selection.below(prefix))
         else:
-            target[key] = _state_dict(value)
-    return expand_per_rank(target, rank, saved, world_size)
+            part = _state_dict(value)
+        if not _is_stateful(value) or selection.takes is None or any(map(selection.has, leaves({key: part}))):
+            target[key] = part
+    taken = saved if selection.takes is None else list(filter(selection.has, saved))
+    return expand_per_rank(target, rank, taken, world_size)
 
 
-def num_bytes_of(state: State, rank: int) -> int | None:
-    """The tensor bytes that a snapshot of `state` would have; None if it cannot be told, which saving it will explain.
-    Costs as much as a save whose structure changed, but for the copy."""
+def num_bytes_of(state: State, files: Mapping[str, File | bytes] | None, rank: int) -> int | None:
+    """The tensor bytes that a snapshot of `state` and `files` would have; None if it cannot be told, which saving it
+    will explain. Costs as much as a save whose structure changed, but for the copy."""
     try:
-        return Layout(flatten(for_save(state, rank)), 0).num_bytes
+        return Layout(flatten(with_files(for_save(state, rank), checked(files))), 0).num_bytes
     except Exception:
         return None
 
@@ -59,15 +68,19 @@ def num_bytes_of(state: State, rank: int) -> int | None:
 def take_restored(state: State, target: StateDict) -> None:
     """Hand what was read to the objects of `state`, and to its own dict where values were replaced."""
     if isinstance(state, TrainState):
-        state.load_state_dict(target)
+        state.load_parts(target)
         return
     assert isinstance(state, dict)
     loaded = dict(target)
     for key, value in state.items():
-        if _is_stateful(value):
+        if not _is_stateful(value):
+            continue
+        loaded[key] = value
+        if isinstance(value, TrainState):
+            value.load_parts(target.get(key, {}))
+        elif key in target:
             with uncast(value) if isinstance(value, Optimizer) else nullcontext():
                 value.load_state_dict(target[key])
-            loaded[key] = value
     collect_per_rank(state, loaded)
 
 
