@@ -415,17 +415,17 @@ class CheckpointManager(asyncckpt.CheckpointManager):
     def all_steps(self) -> list[int]:
         return sorted({*super().all_steps(), *self._theirs})
 
-    def restore(self, step: int, state_dict: TrainState | StateDict, *, strict: bool = False) -> None:
-        super().restore(step, state_dict, strict=strict)
+    def restore(self, step: int, state_dict: TrainState | StateDict, **options: Any) -> None:
+        super().restore(step, state_dict, **options)
         torch_xla.sync()  # read before that, a parameter that `load_state_dict` has set would lose its sharding
 
-    def restore_latest(self, state_dict: TrainState | StateDict, *, verify: bool = False) -> int | None:
-        step = super().restore_latest(state_dict, verify=verify)
+    def restore_latest(self, state_dict: TrainState | StateDict, *, verify: bool = False, **options: Any) -> int | None:
+        step = super().restore_latest(state_dict, verify=verify, **options)
         if step is not None:
             torch_xla.sync()  # as above
         elif self._theirs:
             step = max(self._theirs)
-            self.restore(step, state_dict)
+            self.restore(step, state_dict, **options)
         return step
 
 
