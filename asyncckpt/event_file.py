@@ -290,13 +290,10 @@ def read_logs(
 
 def _decode(line: bytes) -> Event | None:
     """None: not an event that this version knows, whole and with values of the right types."""
-    kinds = {kind.__name__: kind for kind in Event.__subclasses__()}
     try:
         values = json.loads(line)
-        kind = kinds[values["event"]]
-        given = {field.name: _READ[str(field.type)](values[field.name])
-                 for field in dataclasses.fields(kind) if field.name in values}  # fmt: skip
-        return kind(**given)
+        kind, readers = _KINDS[values["event"]]
+        return kind(**{name: read(values[name]) for name, read in readers.items() if name in values})
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -335,3 +332,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "BaseException": lambda value: CheckpointError(_text(value)),
 }
 """By how events.py writes the type of a field."""
+_KINDS = {
+    kind.__name__: (kind, {field.name: _READ[str(field.type)] for field in dataclasses.fields(kind)})
+    for kind in Event.__subclasses__()
+}
