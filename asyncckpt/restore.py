@@ -288,7 +288,7 @@ def prepare(
     """
     asked = leaves(target, objects_of(step._foreign))
     where = f"the checkpoint at {join(storage.url, step.folder)}"
-    selection.check_used(step.keys, where)
+    selection.check_used(step.keys, asked, where)
     targets, missing = _selected(asked, step.keys, selection)
     given = target if len(targets) == len(asked) else {fqn: leaf.value for fqn, leaf in targets.items()}
     compare(targets, step.keys, where, load_planner is None)

@@ -49,10 +49,12 @@ class Selection:
             None if may_lack is None else lambda key: may_lack(prefix + key),
         )
 
-    def check_used(self, keys: Iterable[str], where: str) -> None:
+    def check_used(self, saved: Iterable[str], asked: Iterable[str], where: str) -> None:
         """StateMismatchError: a pattern that none of the keys matches, so that a slip of the pen restores nothing in
-        silence. The checkpoint's keys are asked, as ranks may differ in theirs."""
-        keys = list(keys) if self.patterns else []
+        silence. The checkpoint's keys count, as ranks may differ in theirs; of a rank's own those it may lack."""
+        if not self.patterns:
+            return
+        keys = [*saved, *filter(self.may_lack or (lambda key: False), asked)]
         for pattern in self.patterns:
             if not any(map(matcher([pattern]), keys)):
                 raise StateMismatchError(
