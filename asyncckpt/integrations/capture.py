@@ -1,13 +1,14 @@
 """A trainer's own save code, run for its files without writing them.
 
-Inside `capture(folder)` that code thinks that it writes into a local folder. What `torch.save`, safetensors' `save_file`
-and `dcp.save` would write there is kept, tensors as they are, for a manager to stage and write later; what else it
-writes (JSON, text) is really written and read back. So hooks of users and files of new versions come along. For this
-thread only; other threads and other paths notice nothing. Called by accelerate.py and transformers.py.
+Inside `capture(folder)` that code thinks that it writes into a local folder. What `torch.save`, `save_file` of
+safetensors and `dcp.save` would write there is kept, tensors as they are, for a manager to stage and write later; what
+else it writes (JSON, text) is really written and read back. So hooks of users and files of new versions come along. For
+this thread only; other threads and other paths notice nothing. Called by accelerate.py and transformers.py.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -25,7 +26,12 @@ from asyncckpt.files import File
 from asyncckpt.integrations.capture_dcp import CapturingWriter
 from asyncckpt.safetensors_file import SafetensorsFile
 from asyncckpt.torch_file import TorchFile
+from stagers import StagingError
+from stagers.flatten import flatten
 
+SMALL_BYTES = 1024 * 1024
+"""Of tensors in what torch.save is given; below it the file is made at once, as torch makes it, with every class of
+container and object in it. A guess: copying so much costs about as much as pickling it."""
 _SAVE_FILE_NAMES = ("save_file", "safe_save_file")  # under which modules import it: Accelerate, transformers, peft, ...
 _open = threading.local()  # .captured: this thread's innermost Captured
 _lock = threading.Lock()
@@ -116,9 +122,21 @@ def _capturing_torch_save(original: Callable[..., None]) -> Callable[..., None]:
         if captured is None:
             original(obj, f, *args, **kwargs)
         else:
-            captured.keep(f, File(obj, TorchFile))
+            captured.keep(f, _torch_file(obj, original))
 
     return save
+
+
+def _torch_file(obj: Any, save: Callable[..., None]) -> File | bytes:
+    try:
+        is_large = sum(tensor.nbytes for tensor in flatten({"": obj}).tensors) >= SMALL_BYTES
+    except StagingError:  # sparse, for example
+        is_large = False
+    if is_large:
+        return File(obj, TorchFile)
+    buffer = io.BytesIO()
+    save(obj, buffer)
+    return buffer.getvalue()
 
 
 def _capturing_save_file(original: Callable[..., None]) -> Callable[..., None]:

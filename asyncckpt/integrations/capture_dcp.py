@@ -41,9 +41,7 @@ class CapturingWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if not kwargs.get("use_collectives", True):
-            raise ValueError(
-                "dcp.save with use_collectives=False writes an index for each rank, which is not kept here"
-            )
+            raise ValueError("dcp.save with use_collectives=False writes an index for each rank: not kept here")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
