@@ -11,10 +11,10 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -27,18 +27,25 @@ _IN_END_64 = 0xFFFFFFFF
 VIEW_BYTES = 4 * BLOCK_BYTES
 
 
+class Slot(NamedTuple):
+    """Where in a file the bytes of a storage go, which has some."""
+
+    storage: torch.UntypedStorage
+    offset: int
+
+
+Payloads: TypeAlias = Callable[[Sequence[Slot]], Iterator[Iterable[memoryview]]]
+"""The bytes of each storage, in views."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Skeleton:
-    """pieces: the bytes between the payloads, one more than there are. storages: not empty, in the file's order.
-    crc_at: where in the last piece each one's CRC32 goes once more."""
+    """pieces: the bytes between the payloads, one more than there are. crc_at: where in the last piece each payload's
+    CRC32 goes once more."""
 
     pieces: list[bytearray]
-    storages: list[torch.UntypedStorage]
+    slots: list[Slot]
     crc_at: list[int]
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.pieces)) + sum(storage.nbytes() for storage in self.storages)
 
 
 class TorchFile:
@@ -46,29 +53,21 @@ class TorchFile:
 
     obj: held, and pickled here; its tensors are on the CPU and stay as they are for as long as views are. As with
     torch.save a storage that several tensors share is written once, and that of a view whole: staged tensors have no
-    more than they show. payload: gives the bytes of a storage, in views; None: the storage has them.
+    more than they show. payloads: where the bytes of FakeTensors come from; None: the storages have them.
     """
 
-    def __init__(
-        self, obj: Any, *, payload: Callable[[torch.UntypedStorage], Iterable[memoryview]] | None = None
-    ) -> None:
+    def __init__(self, obj: Any, *, payloads: Payloads | None = None) -> None:
         self._obj = obj  # keeps the storages
-        self._payload = payload or _memory
-        self._skeleton = _skeleton_of(obj)
-        self.size = self._skeleton.size
-
-    @property
-    def storages(self) -> list[torch.UntypedStorage]:
-        """In the file's order, those that hold something."""
-        return self._skeleton.storages
+        self._payloads = payloads or _memory
+        self._skeleton, self.size = _skeleton_of(obj)
 
     def views(self) -> Iterator[memoryview]:
         """`size` bytes; the payloads in views of the storages' memory."""
         pieces, crcs = iter(self._skeleton.pieces), list[int]()
         yield memoryview(next(pieces))
-        for storage, piece in zip(self.storages, pieces, strict=True):
+        for payload, piece in zip(self._payloads(self._skeleton.slots), pieces, strict=True):
             crc = PayloadCrc()
-            for view in self._payload(storage):
+            for view in payload:
                 for at in range(0, len(view), BLOCK_BYTES):
                     block = view[at : at + BLOCK_BYTES]
                     crc.add(crc32(block), len(block))
@@ -76,31 +75,34 @@ class TorchFile:
             crcs.append(crc.value)
             follows = bytearray(piece)
             struct.pack_into("<L", follows, len(_DESCRIPTOR), crc.value)
-            if len(crcs) == len(self.storages):
+            if len(crcs) == len(self._skeleton.slots):
                 for at, value in zip(self._skeleton.crc_at, crcs, strict=True):
                     struct.pack_into("<L", follows, at, value)
             yield memoryview(follows)
 
 
-def _memory(storage: torch.UntypedStorage) -> Iterator[memoryview]:
-    memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
-    return (memory[at : at + VIEW_BYTES] for at in range(0, len(memory), VIEW_BYTES))
+def _memory(slots: Sequence[Slot]) -> Iterator[Iterator[memoryview]]:
+    for storage, _ in slots:
+        memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        yield (memory[at : at + VIEW_BYTES] for at in range(0, len(memory), VIEW_BYTES))
 
 
-def _skeleton_of(obj: Any) -> _Skeleton:
+def _skeleton_of(obj: Any) -> tuple[_Skeleton, int]:
+    """And the size of the file."""
     sink, found = _Gaps(), dict[str, torch.UntypedStorage]()
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(obj, sink, pickle_module=_pickle_telling(found))  # type: ignore[arg-type]  # it asks for less
     storages = {f"data/{name}".encode(): storage for name, storage in found.items() if storage.nbytes()}
     gaps = [storage.nbytes() for storage in storages.values()]
-    is_known = sink.gaps == gaps and all(piece.startswith(_DESCRIPTOR) for piece in sink.pieces[1:])
+    is_known = sink.gap_bytes == gaps and all(piece.startswith(_DESCRIPTOR) for piece in sink.pieces[1:])
     crc_at = _crc_positions(sink.pieces[-1], sink.position) if is_known else {}
     if not is_known or not storages.keys() <= crc_at.keys():
         raise CheckpointError(f"torch {torch.__version__} writes files in a way asyncckpt does not know: report it")
     elsewhere = {storage.device.type for storage in found.values()} - {"cpu", "meta"}  # FakeTensors say "meta"
     if elsewhere:
         raise ValueError(f"its tensors are on {', '.join(sorted(elsewhere))}. Nothing was written. Stage them first")
-    return _Skeleton(sink.pieces, list(storages.values()), [crc_at[name] for name in storages])
+    slots = list(map(Slot, storages.values(), sink.gaps))
+    return _Skeleton(sink.pieces, slots, [crc_at[name] for name in storages]), sink.position
 
 
 def _pickle_telling(found: dict[str, torch.UntypedStorage]) -> Any:
@@ -122,17 +124,20 @@ def _pickle_telling(found: dict[str, torch.UntypedStorage]) -> Any:
 
 
 class _Gaps(io.RawIOBase):
-    """Takes the writes of torch.save, which seeks over what it skips. pieces: what was written between the gaps."""
+    """Takes the writes of torch.save, which seeks over what it skips. pieces: what was written between the gaps, of
+    which there are where each begins and how long it is."""
 
     def __init__(self) -> None:
         self.position = 0
         self.pieces = [bytearray()]
         self.gaps: list[int] = []
+        self.gap_bytes: list[int] = []
         self._skipped = 0
 
     def write(self, data: Any) -> int:
         if self._skipped:
-            self.gaps.append(self._skipped)
+            self.gaps.append(self.position - self._skipped)
+            self.gap_bytes.append(self._skipped)
             self.pieces.append(bytearray())
             self._skipped = 0
         self.pieces[-1] += data
