@@ -34,6 +34,7 @@ General layout, in the order in which a save passes through it (each module impo
     lookup                            what is in a step, and one value of it
     save, verify                      the writer thread's half of a manager; the bytes of a step, all looked at
     fetch                             the files that a step was given, into a folder
+    stream, export                    tensors as a file's bytes; a step as files that others read
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names
     rng, loader                       random streams, the place in the data
@@ -43,7 +44,8 @@ General layout, in the order in which a save passes through it (each module impo
     restorer, manager                 a restore on all ranks; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
     event_file, trace                 what happened, as lines beside the run; as a timeline
-    overview                          a run's steps at a glance, for people
+    overview, outline                 a run's steps at a glance, for people; a step's keys
+    report, report_page               what is known of a run, and whether it is in order; as a page
     testing                           what every storage must do, for our tests and yours
     cli, __main__                     the command
 
