@@ -13,9 +13,9 @@ except ImportError as exc:
     print(f"the command asyncckpt needs one more package ({exc.name}): pip install 'asyncckpt[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from asyncckpt.cli import app, ls, verify
+from asyncckpt.cli import app, ls, report, show, verify
 
-__all__ = ["app", "ls", "main", "verify"]
+__all__ = ["app", "ls", "main", "report", "show", "verify"]
 
 
 def main() -> None:

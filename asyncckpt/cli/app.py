@@ -6,17 +6,18 @@ status 2, never with a traceback. With --json it prints one document by `print_j
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 from typer.core import TyperGroup
 
 from asyncckpt.errors import CheckpointError
@@ -27,6 +28,7 @@ from asyncckpt.version import __version__
 
 DIFFERENT, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 """Exit statuses: the answer is no (damaged, different); it could not be told; as a shell has it of SIGINT, SIGPIPE."""
+MAX_COMPLETED = 1000  # more would only scroll by
 
 
 class _Commands(TyperGroup):
@@ -78,6 +80,31 @@ StorageOptions = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document in place of the table.")]
+
+
+def _known_steps(ctx: typer.Context, incomplete: str) -> list[str]:
+    """For the shell: the numbers of a local folder. It asks no other storage, as a key press should not."""
+    url = ctx.params.get("url") or ""
+    with contextlib.suppress(OSError):
+        if "://" not in url:
+            names = [entry.name for entry in os.scandir(url or ".") if entry.is_dir() and entry.name.isdecimal()]
+            return [name for name in sorted(names, key=int) if name.startswith(incomplete)][:MAX_COMPLETED]
+    return []
+
+
+Step = Annotated[
+    int | None,
+    typer.Argument(
+        metavar="STEP",
+        help="Without it, the one committed last.",
+        show_default=False,
+        autocompletion=_known_steps,
+    ),
+]
+Steps = Annotated[
+    list[int] | None,
+    typer.Argument(metavar="STEP", help="Without any, all.", show_default=False, autocompletion=_known_steps),
+]
 
 
 def opened(url: str, options: list[str]) -> Storage:
@@ -149,7 +176,7 @@ def time_text(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(verb: str, num_bytes: int | None) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, with rate and time left; what it gives is told of bytes. num_bytes: None: not known."""
     columns = TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
@@ -164,8 +191,25 @@ class _Output(Console):
 
 
 def output() -> Console:
-    """Standard output. No markup: a path may hold brackets."""
-    return _Output(markup=False, highlight=False)
+    """Standard output. No markup: a path may hold brackets. Into a file or a pipe lines are wide: nobody's eyes wrap
+    them, and `grep` finds the whole of one."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+    return _Output(markup=False, highlight=False, width=width)
+
+
+def new_table() -> Table:
+    """Columns and nothing between them, so that much fits 80 letters."""
+    return Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold underline")
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 file", "2,000 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """What a checkpoint says, without what a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def print_json(document: Any) -> None:

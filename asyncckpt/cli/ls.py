@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
 from asyncckpt.cli.app import (
     AsJson,
     StorageOptions,
     Url,
     app,
+    counted,
     listed,
+    new_table,
     opened,
     output,
     print_json,
+    printable,
     seconds_of,
     time_text,
 )
@@ -65,7 +66,7 @@ def ls(
     _print(console, shown, now_s)
     left = len(run.steps) - len(shown)
     more = f"; {left:,} of them not shown{'' if seconds else ' (--limit 0: all)'}" if left else ""
-    console.print(f"{len(run.steps):,} steps, {decimal(total_bytes)}{more}")
+    console.print(f"{counted(len(run.steps), 'step')}, {decimal(total_bytes)}{more}")
     for glance in shown:
         if glance.damage:
             console.print(f"step {glance.step}: {glance.damage}", soft_wrap=True)
@@ -102,7 +103,7 @@ def _row(glance: Glance, now_s: float) -> dict[str, Any]:
 
 
 def _print(console: Console, shown: Sequence[Glance], now_s: float) -> None:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = new_table()
     for heading in ("step", "size", "ranks"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("committed (UTC)", no_wrap=True)
@@ -115,7 +116,7 @@ def _print(console: Console, shown: Sequence[Glance], now_s: float) -> None:
         if head := glance.head:
             made = str(head.world_size), head.time[:16].replace("T", " "), time_text(max(0, now_s - head.time_s))
         metrics = " ".join(f"{name}={value:.4g}" for name, value in head.metrics.items()) if head else ""
-        table.add_row(str(glance.step), decimal(glance.num_bytes), *made, state, metrics, style=style)
+        table.add_row(str(glance.step), decimal(glance.num_bytes), *made, state, printable(metrics), style=style)
     console.print(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 from rich.filesize import decimal
@@ -15,6 +15,7 @@ from asyncckpt.cli.app import (
     FAILED,
     INTERRUPTED,
     AsJson,
+    Steps,
     StorageOptions,
     Url,
     app,
@@ -46,9 +47,6 @@ class StepResult:
     seconds: float = 0.0
     checksums: str = ""
     problems: tuple[str, ...] = ()
-
-
-Steps = Annotated[list[int] | None, typer.Argument(metavar="STEP", help="Without any, all.", show_default=False)]
 
 
 @app.command()
