@@ -50,6 +50,7 @@ from stagers import AsyncStager, BlockingAsyncStager, OverlappingAsyncStager, St
 _NO_STEP = -1
 PREEMPTION, CLOCK = "SIGTERM", "clock"
 _STAGED, _FAILED, _FAILED_BEFORE = 0, 1, 2
+_NEW_STRUCTURE, _NEW_NAMES = 1, 2  # bits: what a rank's save has that its last one had not
 
 
 class CheckpointManager:
@@ -356,15 +357,15 @@ class CheckpointManager:
             sequence, token = self._index.take_sequence(), new_token()
             if not self._ranks.is_coordinator:  # rank 0's hold, and messages that are alike are short
                 sequence = token = 0
-            has_new_names = given.keys() != self._file_names
-            rows = self._ranks.agree([status, step, is_new, sequence, token, has_new_names], phase="save")
+            changes = is_new * _NEW_STRUCTURE + (given.keys() != self._file_names) * _NEW_NAMES
+            rows = self._ranks.agree([status, step, changes, sequence, token], phase="save")
             self._raise_disagreement(step, rows, failure)
             assert snapshot is not None
-            if any(row[5] for row in rows):
+            if any(row[2] & _NEW_NAMES for row in rows):
                 check_across_ranks(self._ranks, given)
                 self._file_names = frozenset(given)
             staged = take_files(snapshot.state_dict, given)
-            replan = any(row[2] for row in rows)
+            replan = any(row[2] & _NEW_STRUCTURE for row in rows)
             planned = self._planning.plan(view, snapshot.state_dict, structure, replan=replan)
             if replan and planned.plan.differing:
                 self._emit_now(events.Merged, step, keys=planned.plan.differing)
@@ -374,7 +375,7 @@ class CheckpointManager:
                     snapshot.wait()
                 snapshot.release()
             raise
-        _, _, _, sequence, token, _ = rows[0]
+        _, _, _, sequence, token = rows[0]
         return SaveJob(
             step, sequence, attempt_name(sequence, token), snapshot, planned, *facts, started,
             is_borrowed=borrow, files=staged,
