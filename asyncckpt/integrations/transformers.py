@@ -2,7 +2,8 @@
 
     class MyTrainer(CheckpointMixin, Trainer): ...        or AsyncTrainer in place of Trainer
     trainer = AsyncTrainer(model, TrainingArguments("s3://bucket/run", save_total_limit=3), train_dataset=...)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint="auto")
+    model = from_pretrained(AutoModelForCausalLM, "s3://bucket/run/checkpoint-500")
 
 checkpoint-500 is step 500 of a CheckpointManager at the URL. It has the files, names and bytes that Trainer's own code
 writes, as that code runs unchanged under `capture`; fetched into a folder, plain Trainer and `from_pretrained` read it.
@@ -22,18 +23,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, get_last_checkpoint
-from transformers.utils import is_sagemaker_mp_enabled
+from transformers.utils import CONFIG_NAME, is_sagemaker_mp_enabled
 
-from asyncckpt.errors import RestoreError, StepNotFoundError
+from asyncckpt.errors import DamagedStepError, RestoreError, StepNotFoundError
+from asyncckpt.fetch import fetch_files
+from asyncckpt.integrations.accelerate_weights import download, is_url, to_url
 from asyncckpt.integrations.capture import capture
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.policy import CommittedStep
+from asyncckpt.steps import read_listing, summarise
+from asyncckpt.storage import Storage, open_storage
 
 _BEST = "best_step"  # among the metrics of a step: the best one of those saved until then
 _A_STEP = re.compile(rf"(.+)/(?:{PREFIX_CHECKPOINT_DIR}-)?([0-9]+)")
@@ -54,8 +60,10 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
     was taken: nothing of it lies in a local folder.
     save_total_limit: counts whole checkpoints at the URL; the newest and the best are kept, always. Nothing else is
         ever deleted.
+    save_model: with an output_dir that is a URL, or to one, writes the files there, and blocks.
     resume_from_checkpoint: True or the URL itself is the newest whole one there, past damaged ones; `<url>/500` or
         `<url>/checkpoint-500` is that one; folders that Trainer wrote, as ever. True falls back to these in output_dir.
+        "auto" is True if there is a checkpoint, else a training from the beginning.
     save_on_each_node: checkpoints have one place for all nodes, and are saved once.
     SIGTERM: saves at the end of the step and ends the training, if `train` runs on the main thread; not with the option
         chkpt_on_preemption=False.
@@ -70,10 +78,12 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
         checkpoint_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        args = copy.copy(args) if args is not None else TrainingArguments(_LOCAL_OUTPUT)
+        args = TrainingArguments(_LOCAL_OUTPUT) if args is None else args
         self._url = os.fspath(checkpoint_url or args.output_dir).rstrip("/")
+        self._output_url = args.output_dir if is_url(args.output_dir) else None
         _check_supported(args, self._url)
-        if "://" in args.output_dir:  # Trainer would make a folder of that name
+        if self._output_url is not None:  # Trainer would make a folder of that name
+            args = copy.copy(args)
             args.output_dir = _LOCAL_OUTPUT
         self._options = dict(checkpoint_options or {})
         self._best_step: int | None = None
@@ -99,6 +109,14 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
             "done. Use Trainer as it is for the search, and this class for the training after it."
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        url = output_dir if output_dir is not None or _internal_call else self._output_url
+        if url is None or not is_url(url):
+            super().save_model(output_dir, _internal_call)
+            return
+        with to_url(url, self._options.get("storage_options")) as folder, self._once_for_all_nodes():
+            super().save_model(folder, True)
+
     # -- while it trains
 
     def _open_manager(self) -> CheckpointManager:
@@ -122,10 +140,12 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
                 files = captured.files()
-            self.checkpoints.save_async(step, {}, force=True, files=files, metrics=self._metrics(step))
+            # What SIGTERM asks for is due, and may be skipped if there is no time for it (grace_period).
+            force = not self.checkpoints.should_save(step)
+            if self.checkpoints.save_async(step, {}, force, files=files, metrics=self._metrics(step)):
+                self._taken.add(step)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self._taken.add(step)
         if not self.args.auto_find_batch_size:  # which may begin anew, from what was fetched
             self._remove_on_this_node("resume")  # every rank has resumed, as it takes part in this save
         if self._hears_sigterm and self.checkpoints.reached_preemption(step):
@@ -138,11 +158,9 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
     def _note_best(self, step: int) -> None:
         """The best step of those saved, this one included. Like Trainer, passes over one that was not saved."""
         best = self.state.best_global_step
-        if not best:
-            return
-        if best in self._taken and best not in {step, *self.checkpoints.all_steps()}:
+        if best in self._taken and best not in self.checkpoints.all_steps():
             self.checkpoints.join()  # it is on its way, or has failed
-        if best in {step, *self.checkpoints.all_steps()}:
+        if best == step or (best in self._taken and best in self.checkpoints.all_steps()):
             self._best_step = best
 
     def _place_best(self) -> None:
@@ -174,28 +192,30 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
 
     def _fetched(self, resume: str | bool | None) -> str | bool | None:
         """What Trainer is to resume from: a local folder that it understands."""
-        if not resume or (resume is not True and os.path.isfile(os.path.join(resume, TRAINER_STATE_NAME))):
+        if not resume or (isinstance(resume, str) and os.path.isfile(os.path.join(resume, TRAINER_STATE_NAME))):
             return resume
         run, step = self._url, None
-        if resume is not True and resume.rstrip("/") != self._url:
-            match = _A_STEP.fullmatch(resume.rstrip("/"))
-            run, step = (match[1], int(match[2])) if match else (resume, None)
+        if isinstance(resume, str) and resume != "auto" and resume.rstrip("/") != self._url:
+            run, step = _run_and_step(resume)
         folder = os.path.join(self._scratch_folder, "resume")
         with self._reading(run) as manager:
             if step is not None:
                 self._fetch_on_all_nodes(manager, step, folder, _everything)
             elif manager.fetch_latest(folder, _everything if self._fetches else _nothing) is None:
                 return self._nothing_at(run, resume)
-        self._best_step = self._on_all_ranks(partial(self._take_best, folder))[0]
+        best = self._on_all_ranks(partial(self._take_best, folder))[0]
+        self._best_step = best if run == self._url and best in self.checkpoints.all_steps() else None
         return folder
 
     def _nothing_at(self, run: str, resume: str | bool) -> bool:
         output = self.args.output_dir
-        if resume is True and os.path.isdir(output) and get_last_checkpoint(output) is not None:
+        if resume in (True, "auto") and os.path.isdir(output) and get_last_checkpoint(output) is not None:
             return True  # Trainer itself wrote there before
+        if resume == "auto":
+            return False
         raise StepNotFoundError(
             f"there is no checkpoint to resume from at {run}. Nothing was done. Call train() without "
-            "resume_from_checkpoint to begin there",
+            'resume_from_checkpoint, or with "auto", to begin there',
             known=[], url=run,
         )  # fmt: skip
 
@@ -207,20 +227,22 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
         return CheckpointManager(run, **(options | {"chkpt_on_preemption": False}))
 
     def _take_best(self, folder: str) -> int | None:
-        """The best step so far, if it is one of this URL. Its place goes from the fetched state, as Trainer would look
-        for it among local folders, and warn."""
+        """The best step so far. Its place goes from the fetched state, as Trainer would look for a folder, and warn."""
         if not self._fetches:
             return None
         path = os.path.join(folder, TRAINER_STATE_NAME)
+        if not os.path.isfile(path):
+            raise RestoreError(
+                f"the checkpoint has no {TRAINER_STATE_NAME}: it is none of Trainer's. Nothing was done."
+            )
         with open(path, encoding="utf-8") as file:
             state = json.load(file)
-        run, _, step = (state["best_model_checkpoint"] or "").rpartition("/")
-        if run != self.checkpoints.url or not step.isdecimal():
+        step = (state.get("best_model_checkpoint") or "").rpartition("/")[2]
+        if not step.isdecimal():  # none, or in a folder of Trainer's
             return None
-        state["best_model_checkpoint"] = None
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(state, file, indent=2, sort_keys=True)
-        return int(step) if int(step) in self.checkpoints.all_steps() else None
+            json.dump(state | {"best_model_checkpoint": None}, file, indent=2, sort_keys=True)
+        return int(step)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         trained = super()._init_training_state(*args, **kwargs)
@@ -288,6 +310,46 @@ class AsyncTrainer(CheckpointMixin):
     """Trainer with CheckpointMixin."""
 
 
+def from_pretrained(
+    kind: Any, url: str, *args: Any, storage_options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Any:
+    """`kind.from_pretrained(...)` of a checkpoint at a URL: `<run>/500` or `<run>/checkpoint-500`; or what `save_model`
+    left there; or else the newest whole one of a run.
+
+    kind: a class of transformers' for models, tokenizers or configurations. Fetches into a folder under TMPDIR that it
+    then removes. Not collective. Raises StepNotFoundError, DamagedStepError, RestoreError.
+    """
+    run, step = _run_and_step(url)
+    storage = open_storage(run, storage_options)
+    with TemporaryDirectory(prefix="asyncckpt-") as folder:
+        try:
+            _bring_model(storage, step, folder)
+        except OSError as exc:
+            if isinstance(exc, StepNotFoundError):
+                raise
+            raise RestoreError(f"{run} could not be read: {exc}. Check the path and the network.", url=run) from exc
+        return kind.from_pretrained(folder, *args, **kwargs)
+
+
+def _bring_model(storage: Storage, step: int | None, folder: str) -> None:
+    if step is not None:
+        fetch_files(storage, str(step), folder, _is_of_model)
+        return
+    names = storage.list_files()
+    if CONFIG_NAME in names:
+        download(storage, folder, lambda name: "/" not in name)
+        return
+    sequences = summarise(read_listing(names)).sequences
+    for newest in sorted(sequences, key=lambda step: -sequences[step]):
+        with suppress(DamagedStepError):
+            fetch_files(storage, str(newest), folder, _is_of_model)
+            return
+    raise StepNotFoundError(
+        f"there is no whole checkpoint at {storage.url}; damaged are {sorted(sequences) or 'none'}",
+        known=sorted(sequences), url=storage.url,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class KeepAsTrainer:
     """What `save_total_limit` keeps: the newest step, the best one as the newest knows it, and then the newest until
@@ -339,6 +401,13 @@ def _check_supported(args: TrainingArguments, url: str) -> None:
             f"push_to_hub uploads all of output_dir ({url}), and the checkpoints lie in it. Give them another place: "
             "checkpoint_url=."
         )
+
+
+def _run_and_step(url: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """None: its newest."""
+    url = os.fspath(url).rstrip("/")
+    found = _A_STEP.fullmatch(url)
+    return (found[1], int(found[2])) if found else (url, None)
 
 
 def _everything(name: str) -> bool:

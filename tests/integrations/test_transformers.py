@@ -18,8 +18,8 @@ import torch
 pytest.importorskip("transformers")
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
-from asyncckpt import CheckpointManager, Event, SaveError, Staged, StepNotFoundError
-from asyncckpt.integrations.transformers import AsyncTrainer, CheckpointMixin, KeepAsTrainer
+from asyncckpt import CheckpointManager, Event, RestoreError, SaveError, Staged, StepNotFoundError
+from asyncckpt.integrations.transformers import AsyncTrainer, CheckpointMixin, KeepAsTrainer, from_pretrained
 from asyncckpt.policy import CommittedStep
 from tests.exact import bits
 from tests.integrations import trainer_script
@@ -146,6 +146,22 @@ def test_nothing_to_resume_from_is_an_error_that_says_where(tmp_path: pathlib.Pa
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
 
+def test_auto_begins_where_there_is_nothing_and_goes_on_where_there_is(tmp_path: pathlib.Path) -> None:
+    """One line for a job that may be started again."""
+    for steps, seen in ((4, [1, 2, 3, 4]), (6, [5, 6])):
+        trainer = make(str(tmp_path / "run"), tmp_path / "output", max_steps=steps)
+        trainer.train(resume_from_checkpoint="auto")
+        assert [step for step, _ in trainer.seen] == seen
+
+
+def test_a_step_that_trainer_did_not_save_is_not_resumed_from(tmp_path: pathlib.Path) -> None:
+    """It says so, and does nothing."""
+    with CheckpointManager(str(tmp_path / "run")) as manager:
+        manager.save(5, {"weight": torch.zeros(2)})
+    with pytest.raises(RestoreError, match=r"no trainer_state\.json"):
+        make(str(tmp_path / "run"), tmp_path / "output").train(resume_from_checkpoint=True)
+
+
 def test_an_object_store_is_saved_to_and_resumed_from(
     whole: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, s3_url: str, s3_options: Any
 ) -> None:
@@ -189,20 +205,27 @@ def test_two_processes_that_are_killed_and_resumed_end_like_two_that_were_not(
         assert_goes_on(resumed, whole, 6)
 
 
-def test_nodes_have_one_place_for_checkpoints(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """save_on_each_node gives no file twice; each node fetches what it resumes from."""
-    command = [sys.executable, trainer_script.__file__, str(tmp_path / "run"), str(tmp_path / "output")]
-    command += ["save_on_each_node=true", "max_steps=3"]
+def test_nodes_have_one_place_for_checkpoints_and_hear_of_one_another_s_sigterm(tmp_path: pathlib.Path) -> None:
+    """save_on_each_node gives no file twice; all save the same step and end; each node fetches what it resumes from."""
+    run_nodes(2, tmp_path, 'save_strategy="no"', "max_steps=1000", "sigterm=2")
+    (step,) = steps_at(str(tmp_path / "run"))
+    assert 2 <= step < 1000
+    run_nodes(2, tmp_path, f"max_steps={step + 1}", 'resume="auto"')
+    assert steps_at(str(tmp_path / "run")) == [step, step + 1]
+
+
+def run_nodes(num_nodes: int, folder: pathlib.Path, *options: str) -> None:
+    """The script on nodes of one rank each, which share a disk."""
+    command = [sys.executable, trainer_script.__file__, str(folder / "run"), str(folder / "output"), *options]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    for options in ([], ["max_steps=4", "resume=true"]):
-        nodes = [
-            subprocess.Popen([*command, *options], env=environment() | job | {"RANK": str(rank), "LOCAL_RANK": "0"})
-            for rank in range(2)
-        ]
-        assert [node.wait(300) for node in nodes] == [0, 0]
-    assert steps_at(str(tmp_path / "run")) == [3, 4]
+        port = str(probe.getsockname()[1])
+    job = {"WORLD_SIZE": str(num_nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
+    nodes = [
+        subprocess.Popen([*command, "save_on_each_node=true"], env=environment() | job | {"RANK": str(rank)})
+        for rank in range(num_nodes)
+    ]
+    assert [node.wait(300) for node in nodes] == [0] * num_nodes
 
 
 # -- what is saved
@@ -220,7 +243,9 @@ def test_a_step_has_the_files_that_trainer_writes_and_plain_trainer_and_from_pre
     plain.train(resume_from_checkpoint=str(folder))
     assert bits(plain.model.state_dict()) == bits(whole["model"])
     model = GPT2LMHeadModel.from_pretrained(folder)
-    assert model.config.n_embd == 16
+    for url in (saved, f"{saved}/10", f"{saved}/checkpoint-6"):
+        same = from_pretrained(GPT2LMHeadModel, url)
+        assert (bits(same.state_dict()) == bits(model.state_dict())) == url.endswith("6")
 
 
 def test_trainer_itself_writes_the_same(saved: str, tmp_path: pathlib.Path) -> None:
@@ -248,6 +273,29 @@ def test_the_training_thread_writes_no_tensor_to_disk(tmp_path: pathlib.Path) ->
     make(str(tmp_path / "run"), output, options={"events": [look]}, max_steps=3).train()
     assert set(sizes) == {"config.json", "generation_config.json", "trainer_state.json"}
     assert max(sizes.values()) < 4096
+
+
+def test_the_model_is_saved_to_a_url_and_read_from_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, memory_url: str
+) -> None:
+    """By `save_model`, to the output_dir, or to another URL; a local folder stays one."""
+    monkeypatch.chdir(tmp_path)
+    trainer = AsyncTrainer(tiny_model(), arguments(memory_url), train_dataset=samples())
+    for target in (None, f"{memory_url}-other", "folder"):
+        trainer.save_model(target)
+    assert GPT2LMHeadModel.from_pretrained("folder").config.n_embd == 16
+    for url in (memory_url, f"{memory_url}-other"):
+        model = from_pretrained(GPT2LMHeadModel, url)
+        assert bits(model.state_dict()) == bits(trainer.model.state_dict())
+    assert {path.name for path in tmp_path.iterdir()} <= {"folder", "trainer_output"}
+
+
+def test_a_model_that_is_not_there_is_an_error_that_says_where(tmp_path: pathlib.Path, saved: str) -> None:
+    """No run, or no such step."""
+    with pytest.raises(StepNotFoundError, match=f"no whole checkpoint at {tmp_path}"):
+        from_pretrained(GPT2LMHeadModel, str(tmp_path))
+    with pytest.raises(StepNotFoundError):
+        from_pretrained(GPT2LMHeadModel, f"{saved}/checkpoint-7")
 
 
 def test_on_save_is_called_for_each_save(tmp_path: pathlib.Path) -> None:

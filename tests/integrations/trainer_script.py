@@ -2,7 +2,7 @@
 torchrun. Each rank writes what came of it to FOLDER/result-<rank>.pt.
 
 whole=true: first trains at URL-whole, undisturbed, which is written to whole-<rank>.pt. kill=7: dies at the end of that
-step. resume=...: given to `train`. STATE_DICT_TYPE in the environment: with FSDP2. The rest are TrainingArguments.
+step. sigterm=7: rank 1 then gets SIGTERM. resume=...: given to `train`. STATE_DICT_TYPE in the environment: with FSDP2. The rest are TrainingArguments.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def outcome(trainer: RecordingTrainer) -> dict[str, Any]:
 
 def main(url: str, folder: str, *options: str) -> None:
     values = {name: json.loads(value) for name, _, value in (option.partition("=") for option in options)}
-    whole, kill, resume = values.pop("whole", False), values.pop("kill", 0), values.pop("resume", None)
+    whole, resume = values.pop("whole", False), values.pop("resume", None)
+    kill, sigterm = values.pop("kill", 0), values.pop("sigterm", 0)
     if whole:
         trainer = make(f"{url}-whole", folder, values)
         trainer.train()
@@ -127,6 +128,8 @@ def main(url: str, folder: str, *options: str) -> None:
     trainer = make(url, folder, values)
     if kill:
         trainer.add_callback(AtStep(trainer, kill, lambda trainer: os.kill(os.getpid(), signal.SIGKILL)))
+    if sigterm and trainer.args.process_index == 1:
+        trainer.add_callback(AtStep(trainer, sigterm, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train(resume_from_checkpoint=resume)
     write(outcome(trainer), folder, f"result-{trainer.args.process_index}.pt")
 
