@@ -37,6 +37,7 @@ General layout, in the order in which a save passes through it (each module impo
     stream, export                    tensors as a file's bytes; a step as files that others read
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names
+    weights, checkpoint               a model's weights alone; a step without a run
     rng, loader                       random streams, the place in the data
     object_state                      any other object's state
     train_state, state                all of a run's state as one; a user's state as what is saved
@@ -53,6 +54,7 @@ The package `stagers` copies state to host memory and knows nothing of this one.
 is imported by users alone, and may use all of the above.
 """
 
+from asyncckpt.checkpoint import Checkpoint, open_checkpoint
 from asyncckpt.dcp import ShardReader, ShardWriter
 from asyncckpt.errors import (
     CheckpointError,
@@ -102,6 +104,8 @@ from asyncckpt.version import __version__
 
 __all__ = [
     "CheckpointManager",
+    "open_checkpoint",
+    "Checkpoint",
     "TrainState",
     "PerRank",
     "prime_optimizer",

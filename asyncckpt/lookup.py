@@ -58,12 +58,14 @@ def saved_in(step: OpenStep) -> list[Saved]:
     kind_bytes = [math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in keys.kinds]
     kinds.append((None, None))
     num_chunks, object_bytes = _extents(step)
+    kind_of = keys.kind.tolist()
     return [
-        Saved(key, path, *kinds[kind], kind_bytes[kind] if kind >= 0 else num_bytes, count)
-        for key, path, kind, num_bytes, count in zip(
-            keys.fqns, keys.paths, keys.kind.tolist(), object_bytes.tolist(), num_chunks.tolist(), strict=True
+        Saved(key, path, shape, dtype, kind_bytes[kind] if kind >= 0 else num_bytes, count)
+        for key, path, kind, (shape, dtype), num_bytes, count in zip(
+            keys.fqns, keys.paths, kind_of, map(kinds.__getitem__, kind_of), object_bytes.tolist(), num_chunks.tolist(),
+            strict=True,
         )
-    ]
+    ]  # fmt: skip
 
 
 def tree_of(step: OpenStep, key: str = "") -> Any:
@@ -74,9 +76,11 @@ def tree_of(step: OpenStep, key: str = "") -> Any:
     return nest((path, found[step.keys.number[fqn]]) for fqn, path in below)
 
 
-def look(storage: Storage, folder: str, work: Callable[[OpenStep], T]) -> T:
-    """What `work` makes of a step, opened for it; once more if another run saves the step anew meanwhile."""
-    step = open_step(storage, folder)
+def look(storage: Storage, folder: str, work: Callable[[OpenStep], T], opened: OpenStep | None = None) -> T:
+    """What `work` makes of a step, opened for it; once more if another run saves the step anew meanwhile.
+
+    opened: by an earlier call, which may be of a save that is gone by now."""
+    step = opened or open_step(storage, folder)
     for _ in range(2):
         try:
             return work(step)
@@ -142,7 +146,7 @@ def read_tensor(
         raise TypeError(f"{key!r} is an object, of which there are no parts and no dtype; read_object reads it")
     part = part_of(saved.shape, ... if index is None else index)
     if part.shape == saved.shape:
-        tensor = read_values(storage, step, [key])[key]
+        tensor: torch.Tensor = read_values(storage, step, [key])[key]
     elif 0 in part.shape:
         tensor = torch.empty(part.shape, dtype=getattr(torch, saved.dtype))
     elif step.manifest is None:
@@ -150,7 +154,8 @@ def read_tensor(
     else:
         tensor = torch.empty(part.shape, dtype=getattr(torch, saved.dtype))
         _read_part(storage, step, step.manifest, key, part, tensor)
-    return tensor[part.view].to(device=device, dtype=dtype)
+    found: torch.Tensor = tensor[part.view].to(device=device, dtype=dtype)
+    return found
 
 
 def read_values(
@@ -160,11 +165,11 @@ def read_values(
     target: dict[str, Any] = {}
     for key in keys:
         saved = step.keys[key]
-        is_object = saved.dtype is None or saved.shape is None
-        target[key] = None if is_object else torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
-    restoring = prepare(
-        storage, step, target, is_coordinator=True, load_planner=None, safe_globals=safe_globals
-    )  # fmt: skip
+        if saved.dtype is None or saved.shape is None:
+            target[key] = None
+        else:
+            target[key] = torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
+    restoring = prepare(storage, step, target, is_coordinator=True, load_planner=None, safe_globals=safe_globals)
     read(storage, restoring)
     return target
 
