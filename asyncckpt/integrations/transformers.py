@@ -233,7 +233,7 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
         path = os.path.join(folder, TRAINER_STATE_NAME)
         if not os.path.isfile(path):
             raise RestoreError(
-                f"the checkpoint has no {TRAINER_STATE_NAME}: it is none of Trainer's. Nothing was done."
+                f"the checkpoint has no {TRAINER_STATE_NAME}: Trainer did not save it. Nothing was done."
             )
         with open(path, encoding="utf-8") as file:
             state = json.load(file)

@@ -345,19 +345,37 @@ def test_the_mixin_stands_before_any_trainer(tmp_path: pathlib.Path) -> None:
 # -- what is kept
 
 
-def test_a_save_that_fails_is_raised_once_and_costs_no_older_checkpoint(tmp_path: pathlib.Path) -> None:
-    """With save_total_limit=1 the good one stays: it goes only after a commit."""
+@pytest.mark.parametrize(("fails", "left"), [(6, 3), (10, 9)])
+def test_a_save_that_fails_is_raised_once_and_costs_no_older_checkpoint(
+    tmp_path: pathlib.Path, fails: int, left: int
+) -> None:
+    """By the next save, or at the end. With save_total_limit=1 the good one stays: it goes only after a commit."""
     run = tmp_path / "run"
     trainer = make(str(run), tmp_path / "output", save_total_limit=1)
-    trainer.add_callback(AtStep(trainer, 4, lambda trainer: (run / "6").write_text("in the way")))
-    with pytest.raises(SaveError, match="step 6"):
+    trainer.add_callback(AtStep(trainer, 4, lambda trainer: (run / str(fails)).write_text("in the way")))
+    with pytest.raises(SaveError, match=f"step {fails}"):
         trainer.train()
-    assert steps_at(str(run)) == [3]
-    (run / "6").unlink()
+    assert steps_at(str(run)) == [left]
+    (run / str(fails)).unlink()
     resumed = make(str(run), tmp_path / "output", save_total_limit=1)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.seen[0][0] == 4
+    assert resumed.seen[0][0] == left + 1
     assert steps_at(str(run)) == [10]
+
+
+def test_an_error_in_the_training_waits_for_the_saves_taken(tmp_path: pathlib.Path) -> None:
+    """And passes on as it is."""
+
+    class Broken(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyError("mine")
+
+    trainer = make(str(tmp_path / "run"), tmp_path / "output")
+    trainer.add_callback(Broken())
+    with pytest.raises(KeyError, match="mine"):
+        trainer.train()
+    assert steps_at(str(tmp_path / "run")) == [3]
+    assert not (tmp_path / "output" / ".asyncckpt").exists()
 
 
 class ScoredTrainer(RecordingTrainer):

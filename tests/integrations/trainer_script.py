@@ -2,7 +2,8 @@
 torchrun. Each rank writes what came of it to FOLDER/result-<rank>.pt.
 
 whole=true: first trains at URL-whole, undisturbed, which is written to whole-<rank>.pt. kill=7: dies at the end of that
-step. sigterm=7: rank 1 then gets SIGTERM. resume=...: given to `train`. STATE_DICT_TYPE in the environment: with FSDP2. The rest are TrainingArguments.
+step. sigterm=7: rank 1 then gets SIGTERM. resume=...: given to `train`. The rest are TrainingArguments. STATE_DICT_TYPE
+in the environment: with FSDP2.
 """
 
 from __future__ import annotations
