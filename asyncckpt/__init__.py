@@ -44,6 +44,7 @@ General layout, in the order in which a save passes through it (each module impo
     arguments, writer                 what users pass in; the background thread
     restorer, manager                 a restore on all ranks; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
+    dcp_log                           what happened, in DCP's own log
     event_file, trace                 what happened, as lines beside the run; as a timeline
     overview, outline                 a run's steps at a glance, for people; a step's keys
     report, report_page               what is known of a run, and whether it is in order; as a page
