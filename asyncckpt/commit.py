@@ -18,10 +18,10 @@ import contextlib
 import errno
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +39,7 @@ from asyncckpt.restore import files_below, join, open_step, read_manifest
 from asyncckpt.steps import (
     DCP_METADATA,
     DEAD_MARK,
+    MAX_NUMBER,
     StepFiles,
     belongs_to,
     manifest_name,
@@ -53,6 +54,19 @@ SWEEP_EVERY = 10
 """Saves. Where the answer to the begin of an upload is lost a client begins another, and knows nothing of the first."""
 _ANSWER_LOST = (errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.EBUSY)
 """Errors after which the file that was to be written may be there all the same: of this try, or of one before it."""
+
+
+class Attempt(Protocol):
+    """What a commit has to know of a save: a SaveJob, or a copy (copying.py)."""
+
+    step: int
+    sequence: int
+    attempt: str
+    started: float
+    stall_s: float
+
+    @property
+    def folder(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -142,9 +156,14 @@ class Committer:
 
         chunks, files: of all ranks. The steps are for `retire`, when the other ranks know.
         """
-        before = self.index.files_of(job.step)
-        is_first = not before.manifests
         manifest, stock = self._manifest(job, chunks, files)
+        self.commit_made(job, manifest, stock)
+        return manifest.num_bytes, self._prunable(job.step)
+
+    def commit_made(self, job: Attempt, manifest: Manifest, stock: bytes) -> None:
+        """Make a step visible of which the manifest and the stock `.metadata` are made."""
+        before = self.index.files_of(job.step)
+        is_first, files = not before.manifests, manifest.files
         names = [f"{job.attempt}/{file.name}" for file in files]
         self._ask_if_guarded(job)
         try:
@@ -158,12 +177,11 @@ class Committer:
         self._confirm(job, files, has_stock=is_first)
         self.index.commit(job.step, job.sequence, [*names, DCP_METADATA, manifest_name(job.sequence)])
         if self.keep is not None:  # else nobody takes them out again
-            self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, job.metrics)
+            self._known[job.step] = CommittedStep(job.step, job.sequence, manifest.head.time_s, manifest.head.metrics)
         if not is_first:
             before.manifests[job.sequence] = manifest_name(job.sequence)
             groups = before.leftovers(job.sequence)
             self.leftovers.append(Leftover(job.step, groups, mend=True, stock=stock, sequence=job.sequence))
-        return manifest.num_bytes, self._prunable(job.step)
 
     def _manifest(self, job: SaveJob, chunks: ChunkTable, files: Sequence[FileRecord]) -> tuple[Manifest, bytes]:
         head = Head(
@@ -172,7 +190,7 @@ class Committer:
         )  # fmt: skip
         return make_manifest(head, job.planned.plan.keys, chunks, files)
 
-    def _ask_if_guarded(self, job: SaveJob) -> None:
+    def _ask_if_guarded(self, job: Attempt) -> None:
         """Once, at the first commit: nobody who only reads asks."""
         if self._is_guarded is not None:
             return
@@ -181,7 +199,7 @@ class Committer:
             if not self._is_guarded:
                 self.tell(events.Unguarded, job.step)
 
-    def _check_stored(self, job: SaveJob, files: Sequence[FileRecord]) -> None:
+    def _check_stored(self, job: Attempt, files: Sequence[FileRecord]) -> None:
         """That what the manifest names is there, as a long upload leaves time to remove what came first; and that no
         other run has committed the step. CommitError."""
         sizes = self.storage.list_files(str(job.step))
@@ -202,14 +220,14 @@ class Committer:
                 step=job.step, url=self.storage.url,
             )  # fmt: skip
 
-    def _knows(self, job: SaveJob, sequence: int) -> bool:
+    def _knows(self, job: Attempt, sequence: int) -> bool:
         """Whether a manifest of a step that is being saved was there when this run last looked, or is its own."""
         own = {job.sequence, *(one.sequence for one in self._unsure)}
         dropped = (name for leftover in self.leftovers if leftover.step == job.step for name in chain(*leftover.groups))
         known = self.index.sequence_of(job.step) or 0
         return sequence <= known or sequence in own or manifest_name(sequence) in dropped
 
-    def _create(self, job: SaveJob, manifest: Manifest, names: list[str], *, has_stock: bool) -> None:
+    def _create(self, job: Attempt, manifest: Manifest, names: list[str], *, has_stock: bool) -> None:
         """The commit. If it fails, an answer may have been lost all the same: look whether the manifest is there, now
         and, if that does not tell, again before the next commit."""
         try:
@@ -229,7 +247,7 @@ class Committer:
                     self._unsure.append(unsure)
             raise
 
-    def _abandon(self, job: SaveJob, names: list[str], error: Exception) -> None:
+    def _abandon(self, job: Attempt, names: list[str], error: Exception) -> None:
         """Free the space of a save whose commit failed, which may be what the next one lacks; unless only the answer
         was lost: then the manifest may be there, and the step whole."""
         if isinstance(error, CommitError):  # the manifest and `.metadata`, if there are any, are another run's
@@ -237,7 +255,7 @@ class Committer:
         elif isinstance(error, OSError) and error.errno not in _ANSWER_LOST and not self.is_unsure(job):
             self._delete(Leftover(job.step, [[manifest_name(job.sequence)], [DCP_METADATA], names]))
 
-    def _confirm(self, job: SaveJob, files: Sequence[FileRecord], *, has_stock: bool) -> None:
+    def _confirm(self, job: Attempt, files: Sequence[FileRecord], *, has_stock: bool) -> None:
         """After the commit: take it back if another run was faster, or has removed our files. It was not yet told."""
         try:
             self._check_stored(job, files)
@@ -273,7 +291,7 @@ class Committer:
                 )  # fmt: skip
         return found
 
-    def is_unsure(self, job: SaveJob) -> bool:
+    def is_unsure(self, job: Attempt) -> bool:
         return any(one.sequence == job.sequence for one in self._unsure)
 
     def _is_there(self, unsure: _Unsure) -> bool:
@@ -336,13 +354,13 @@ class Committer:
 
     def clean_up(self, step: int, sequence: int) -> None:
         """After the commit of `step`: what retention dropped and, once, what earlier runs and failed saves left."""
-        self._delete_leftovers()
+        self.delete_leftovers()
         if not self.is_tidy:
             self._tidy(step, sequence)
         elif sequence % SWEEP_EVERY == 0:
             self._sweep(step, sequence)
 
-    def _delete_leftovers(self) -> None:
+    def delete_leftovers(self) -> None:
         """What fails is tried again after the next commit: a step is whole whether or not an old one is gone. So is all
         behind it: storage that refuses, or is slow to fail, would keep the next save waiting for each of them."""
         work, self.leftovers = self.leftovers, []
@@ -393,21 +411,39 @@ class Committer:
         marked ones go those that have no manifest then."""
         try:
             steps = read_listing(self.storage.list_files())
-            marked = {(number, name) for number, files in steps.items() for name in files.unfinished(sequence)}
-            for number, name in marked:
-                self.storage.replace(f"{number}/{name}/{DEAD_MARK}", b"")
-            if marked:
-                steps = read_listing(self.storage.list_files())
-            self.leftovers += [
-                leftover
-                for number, files in steps.items()
-                if (leftover := self._leftover(number, files, sequence, {name for at, name in marked if at == number}))
-            ]
+            dead = {(number, name) for number, files in steps.items() for name in files.unfinished(sequence)}
+            if dead:
+                steps = self.mark(dead)
+            self._take_on(steps, sequence, dead)
             self.is_tidy = True
         except OSError as exc:  # the next commit tries again
             self._tell_undeleted(step, exc)
-        self._delete_leftovers()
+        self.delete_leftovers()
         self._sweep(step, sequence)
+
+    def mark(self, dead: Iterable[tuple[int, str]]) -> dict[int, StepFiles]:
+        """Tell the writers of attempts, if they live, that these are taken for dead: (step, attempt). What is there
+        then is the result."""
+        for number, name in dead:
+            self.storage.replace(f"{number}/{name}/{DEAD_MARK}", b"")
+        return read_listing(self.storage.list_files())
+
+    def _take_on(
+        self, steps: Mapping[int, StepFiles], newest_committed: int, marked: Collection[tuple[int, str]]
+    ) -> None:
+        """What is left over in `steps`, listed after the marks were made, and of marked attempts those that have no
+        manifest."""
+        for number, files in steps.items():
+            names = {name for at, name in marked if at == number}
+            if leftover := self._leftover(number, files, newest_committed, names):
+                self.leftovers.append(leftover)
+
+    def bury(self, dead: Collection[tuple[int, str]]) -> None:
+        """Delete attempts that the caller takes for dead, whatever their numbers; none that was committed meanwhile.
+        OSError: a mark could not be made, and nothing was deleted."""
+        steps = self.mark(dead)
+        self._take_on({number: steps[number] for number, _ in dead if number in steps}, MAX_NUMBER + 1, dead)
+        self.delete_leftovers()
 
     def _leftover(self, step: int, files: StepFiles, newest_committed: int, marked: set[str]) -> Leftover | None:
         """What is left over in a step's folder; of attempts without a manifest only those that were marked as dead

@@ -90,6 +90,10 @@ class Storage(Protocol):
         """
         ...
 
+    def modified_s(self, path: str) -> float:
+        """`time.time()`, by the clock of the storage, when a file got its bytes."""
+        ...
+
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files in bulk, and on a folder the folders left empty. A missing file is no error; every failure is
         one OSError after all were tried."""

@@ -7,6 +7,7 @@ cannot do exactly what the options say, through s3fs: large files by s3_upload.p
 
 from __future__ import annotations
 
+import datetime
 import errno
 import os
 import secrets
@@ -177,6 +178,16 @@ class FsspecStorage:
             if is_file and name.startswith(f"{folder}/") and not path.rpartition("/")[2].startswith(TEMP_PREFIX):
                 files[path] = info.get("size") or 0
         return files
+
+    def modified_s(self, path: str) -> float:
+        what = self._what("look at", path)
+        try:
+            made: datetime.datetime | str = self._ask(what, "modified", self._full(path))
+        except NotImplementedError as exc:
+            raise OSError(errno.ENOTSUP, f"{what}: {self._client} does not tell the time of a file") from exc
+        if isinstance(made, str):
+            made = datetime.datetime.fromisoformat(made)
+        return (made if made.tzinfo else made.replace(tzinfo=datetime.UTC)).timestamp()
 
     def delete(self, paths: Iterable[str]) -> None:
         """Not by `fs.rm`: it takes names for patterns, so that a `run[1]` deletes in `run1`, and on S3 hides errors."""

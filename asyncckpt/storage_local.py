@@ -139,6 +139,10 @@ class LocalStorage:
                             files[name] = entry.stat(follow_symlinks=False).st_size
         return files
 
+    def modified_s(self, path: str) -> float:
+        with named_errors(self._what("look at", path)):
+            return os.stat(self._absolute(path), follow_symlinks=False).st_mtime
+
     def delete(self, paths: Iterable[str]) -> None:
         """Durable on return too: what a caller deletes next never vanishes in a crash before what it deleted first. Nor
         before what a killed writer deleted in the folders above, which nobody synced."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ class RecordingStorage:
     def list_files(self, prefix: str = "") -> Mapping[str, int]:
         files: Mapping[str, int] = self._around(Call("list_files", (prefix,)), lambda: self.inner.list_files(prefix))
         return files
+
+    def modified_s(self, path: str) -> float:
+        return float(self._around(Call("modified_s", (path,)), lambda: self.inner.modified_s(path)))
 
     def delete(self, paths: Iterable[str]) -> None:
         names = tuple(paths)
@@ -452,6 +456,13 @@ class StorageTests:
         assert storage.list_files("1") == storage.list_files("1/") == {"1/a/b/c": 1}
         assert storage.list_files("2") == {}
         assert set(storage.list_files()) == {"1/a/b/c", "10/a", "top"}
+
+    def test_modified_s_tells_when_a_file_was_written(self, storage: Storage) -> None:
+        """To within a minute of this clock; of no other file."""
+        storage.create("1/a", b"x")
+        assert abs(storage.modified_s("1/a") - time.time()) < 60
+        with pytest.raises(FileNotFoundError, match="look at 1/nothing"):
+            storage.modified_s("1/nothing")
 
     def test_delete_takes_what_is_there_and_passes_over_the_rest(self, storage: Storage) -> None:
         """A missing file is no error, nor is an empty list."""
