@@ -34,7 +34,7 @@ General layout, in the order in which a save passes through it (each module impo
     lookup                            what is in a step, and one value of it
     save, verify                      the writer thread's half of a manager; the bytes of a step, all looked at
     fetch                             the files that a step was given, into a folder
-    stream, export                    tensors as a file's bytes; a step as files that others read
+    stream, export, imports           tensors as a file's bytes; a step as files that others read, and from them
     prime, optimizer_layout           an optimizer's state: made before the first step; nested or flat, as DCP has it
     named_state                       a model's and an optimizer's state under their parameters' names
     weights, checkpoint               a model's weights alone; a step without a run

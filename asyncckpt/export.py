@@ -137,7 +137,7 @@ def _tensors_below(step: OpenStep, prefix: str, rename: Rename) -> tuple[dict[st
     """({new name: tensor}, keys of objects). ValueError where two would have one name."""
     found: dict[str, Saved] = {}
     objects: list[str] = []
-    give_name = rename if callable(rename) else functools.partial(_substituted, dict(rename))
+    give_name = renaming(rename)
     for saved in _leaves(tree_of(step, prefix)):
         if saved.dtype is None:
             objects.append(saved.key)
@@ -157,10 +157,17 @@ def _stripped(key: str, prefix: str) -> str:
     return key.removeprefix(f"{prefix}.")
 
 
-def _substituted(rules: Mapping[str, str], key: str) -> str:
-    for pattern, replacement in rules.items():
-        key = re.sub(pattern, replacement, key)
-    return key
+def renaming(rename: Rename) -> Callable[[str], str]:
+    if callable(rename):
+        return rename
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in rename.items()]
+
+    def renamed(key: str) -> str:
+        for pattern, replacement in rules:
+            key = pattern.sub(replacement, key)
+        return key
+
+    return renamed
 
 
 def _leaves(tree: Any) -> Iterator[Saved]:

@@ -79,15 +79,34 @@ def _load(data: bytes | memoryview, safe_globals: Iterable[Any]) -> Any:
     return _load_records(archive_records(data), safe_globals)
 
 
+def load_structure(pickled: bytes, sizes: Mapping[str, int], safe_globals: Iterable[Any]) -> tuple[Any, dict[int, str]]:
+    """What a file of torch.save holds, its tensors on the device "meta", from its record "data.pkl" alone; and {_cdata
+    of a storage: its record}. sizes: of the records. UnsafeObjectError as `load_object`."""
+    rules = _RulesOfStructure(sizes, _by_name(safe_globals))
+    try:
+        value = unpickle(pickled, rules)
+        check_nesting(value)
+    except Exception as exc:  # whatever a __setstate__ raises
+        raise UnsafeObjectError(
+            f"the file does not load without running code: {_reason(exc)}. Pass the classes you trust as "
+            "safe_globals=[...]"
+        ) from exc
+    return value, rules.names()
+
+
 def _load_records(records: Mapping[str, memoryview], safe_globals: Iterable[Any]) -> Any:
+    try:
+        return unpickle(records["data.pkl"], _Rules(records, _by_name(safe_globals)))
+    finally:
+        torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+
+
+def _by_name(safe_globals: Iterable[Any]) -> dict[str, Any]:
     users = {}
     for entry in (*torch.serialization.get_safe_globals(), *safe_globals):
         value, name = entry if isinstance(entry, tuple) else (entry, f"{entry.__module__}.{entry.__qualname__}")
         users[name] = value
-    try:
-        return unpickle(records["data.pkl"], _Rules(records, users))
-    finally:
-        torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+    return users
 
 
 def archive_records(data: bytes | memoryview) -> dict[str, memoryview]:
@@ -172,13 +191,34 @@ class _Rules:
         if what != "storage" or type(key) is not str or type(numel) is not int:
             raise ValueError("it asks for what is no storage")
         if key not in self._storages:
-            record = self._records[f"data/{key}"]
-            if numel * dtype.itemsize != len(record):
-                raise ValueError(f"a storage of {numel} elements has {len(record)} bytes")
-            self._storages[key] = _storage_of(record, dtype, bytes(self._records.get("byteorder", b"little")).decode())
+            self._storages[key] = self._storage(key, numel, dtype)
         if self._storages[key].dtype != dtype:
             raise ValueError("it takes a storage for two dtypes")
         return self._storages[key]
+
+    def _storage(self, key: str, numel: int, dtype: torch.dtype) -> torch.storage.TypedStorage:
+        record = self._records[f"data/{key}"]
+        if numel * dtype.itemsize != len(record):
+            raise ValueError(f"a storage of {numel} elements has {len(record)} bytes")
+        return _storage_of(record, dtype, bytes(self._records.get("byteorder", b"little")).decode())
+
+
+class _RulesOfStructure(_Rules):
+    """The same without the bytes of tensors. sizes: of their records."""
+
+    def __init__(self, sizes: Mapping[str, int], users: Mapping[str, Any]) -> None:
+        super().__init__({}, users)
+        self._sizes = sizes
+
+    def _storage(self, key: str, numel: int, dtype: torch.dtype) -> torch.storage.TypedStorage:
+        num_bytes = self._sizes[f"data/{key}"]
+        if numel * dtype.itemsize != num_bytes:
+            raise ValueError(f"a storage of {numel} elements has {num_bytes} bytes")
+        storage: Any = torch.UntypedStorage(num_bytes, device="meta")  # type: ignore[no-untyped-call]
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+    def names(self) -> dict[int, str]:
+        return {storage._untyped_storage._cdata: f"data/{key}" for key, storage in self._storages.items()}
 
 
 def _storage_of(record: memoryview, dtype: torch.dtype, byteorder: str) -> torch.storage.TypedStorage:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from asyncckpt.chunks import HUGE
 from asyncckpt.framing import BLOCK_BYTES
 from asyncckpt.shard import payload_view
 
@@ -117,3 +118,58 @@ class SafetensorsFile:
         for name in self._header.names:
             payload = payload_view(self._tensors[name].detach())
             yield from (payload[at : at + VIEW_BYTES] for at in range(0, len(payload), VIEW_BYTES))
+
+
+class Stored(NamedTuple):
+    """A tensor in a file. offset: of its first byte, from the file's beginning."""
+
+    kind: Kind
+    offset: int
+
+
+def header_length(data: bytes, file_bytes: int) -> int:
+    """What the first eight bytes of a file say. ValueError for what no reader takes."""
+    length = int.from_bytes(data, "little")
+    if length > min(MAX_HEADER_BYTES, file_bytes - 8):
+        raise ValueError(f"its header would have {length} bytes, and it has {file_bytes}")
+    return length
+
+
+def read_header(data: bytes, file_bytes: int) -> tuple[dict[str, Stored], dict[str, str]]:
+    """({name: tensor}, metadata) of a file that begins with `data`, its length and header. ValueError, if the tensors
+    do not make up the rest of the file, as every reader of the format asks."""
+    try:
+        entries = json.loads(data[8:], object_pairs_hook=_members_once)
+        metadata = entries.pop("__metadata__", None) or {}
+        stored = {name: _stored(len(data), **entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        raise ValueError(f"its header is none of safetensors: {str(exc)[:300]}") from exc
+    end = len(data)
+    for kind, offset in sorted(stored.values(), key=lambda one: (one.offset, one.kind.num_bytes)):
+        if offset != end:
+            raise ValueError(f"its tensors overlap, or leave out bytes, at byte {offset}")
+        end = offset + kind.num_bytes
+    if end != file_bytes:
+        raise ValueError(f"it has {file_bytes} bytes, and by its header {end}")
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError("its metadata are no texts")
+    return stored, metadata
+
+
+def _stored(header_bytes: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
+    start, end = data_offsets
+    if dtype not in _DTYPES:
+        raise ValueError(f"torch has no dtype {str(dtype)[:20]!r}")
+    if not all(type(size) is int and 0 <= size < HUGE for size in (*shape, start, end)):
+        raise ValueError("a size is no natural number")
+    kind = Kind(_DTYPES[dtype], tuple(shape))
+    if kind.num_bytes != end - start:
+        raise ValueError(f"a tensor of shape {kind.shape} has {end - start} bytes")
+    return Stored(kind, header_bytes + start)
+
+
+def _members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return members

@@ -62,7 +62,7 @@ def stream(storage: Storage, step: OpenStep, places: Sequence[Place]) -> Iterato
     DamagedStepError, OSError.
     """
     pieces = deque(_in_pieces(places))
-    buffers = _Buffers(max((_span(piece) for piece in pieces), default=0))
+    buffers = Buffers(max((_span(piece) for piece in pieces), default=0))
     reading: deque[Future[Piece]] = deque()
 
     def begin() -> None:
@@ -125,7 +125,7 @@ def read_into(storage: Storage, step: OpenStep, tensors: Mapping[str, torch.Tens
         read(storage, prepare(storage, step, rest, is_coordinator=True, load_planner=None, safe_globals=()))
 
 
-class _Buffers:
+class Buffers:
     """Memory that is used again once nobody holds a view of it: fresh memory costs several times a copy into it."""
 
     def __init__(self, largest: int) -> None:

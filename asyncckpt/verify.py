@@ -186,11 +186,11 @@ def _places(storage: Storage, file: FileCheck, chunks: ChunkTable) -> Iterator[s
 def _all_places(storage: Storage, file: FileCheck, chunks: ChunkTable) -> Iterator[str]:
     """In the order of the file."""
     place = chunks.placement
-    numbers = np.flatnonzero(place.file == place.files.index(file.record.name))
-    if not len(numbers):
+    if file.record.name not in place.files:
         if _crc32_of(storage, file.path, 0, file.record.size) != file.record.crc32:
             yield "it was given as a file, which has no parts whose checksums would tell where"
         return
+    numbers = np.flatnonzero(place.file == place.files.index(file.record.name))
     end = 0
     for number in numbers[np.argsort(place.offset[numbers], kind="stable")].tolist():
         chunk = chunks[number]
@@ -278,10 +278,12 @@ def _verify_foreign(storage: Storage, step: OpenStep, tell: Tell) -> tuple[int, 
 
 def _open_item(storage: Storage, path: str, info: _StorageInfo) -> io.BufferedReader:
     """An item as a file, of which one piece at a time is in memory."""
-    return io.BufferedReader(_Range(storage, path, info.offset, info.length), min(PIECE_BYTES, max(1, info.length)))
+    return io.BufferedReader(RangeFile(storage, path, info.offset, info.length), min(PIECE_BYTES, max(1, info.length)))
 
 
-class _Range(io.RawIOBase):
+class RangeFile(io.RawIOBase):
+    """A range of a file in storage, as a file to be read."""
+
     def __init__(self, storage: Storage, path: str, start: int, size: int) -> None:
         self._storage, self._path, self._start, self._size, self._at = storage, path, start, size, 0
 
