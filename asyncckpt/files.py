@@ -77,7 +77,7 @@ _FILES = _Files()
 def checked(files: Mapping[str, File | bytes] | None) -> dict[str, File]:
     """ValueError or TypeError for what cannot be a file; nothing was copied."""
     found: dict[str, File] = {}
-    for name, given in (files or {}).items():
+    for name, given in dict[str, Any](files or {}).items():
         file = File(given, BytesFile) if isinstance(given, bytes) else given
         if not isinstance(file, File):
             kind = type(given).__name__

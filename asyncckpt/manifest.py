@@ -17,8 +17,9 @@ One JSON object, ASCII, no newline. Its last member is `"crc32"`, eight hex digi
     payload_crc32  eight hex digits for each chunk: of its payload (an object's item is its payload)
     item_crc32     likewise, of the whole item
     block_crc32    likewise, for each 4 MiB of each payload that is longer, in order
-    files     columns: name (below `<step>/<attempt>/`, each once), size, crc32 of the whole file. Those that no chunk
-              names are opaque: bytes that a user gave, under a name with "/" between its parts (`check_file_name`)
+    files     columns: name (below `<step>/<attempt>/`, each once), size, crc32 of the whole file. Those behind the last
+              that a chunk names are opaque: bytes that a user gave, under a name that may have "/" in it
+              (`check_file_name`)
     dcp_metadata   size and crc32 of the stock `.metadata` that was written with this step
 
 A payload starts at offset + head_bytes and is as long as its dtype and shape say; its strides are dense. The chunks of
@@ -120,9 +121,8 @@ class Manifest:
 
     @property
     def opaque(self) -> list[FileRecord]:
-        """The files that a user gave: no chunk is in them."""
-        with_chunks = set(np.unique(self.chunks.placement.file).tolist())
-        return [file for number, file in enumerate(self.files) if number not in with_chunks]
+        """The files that a user gave."""
+        return list(self.files[len(self.chunks.placement.files) :])
 
 
 def check_file_name(name: Any) -> str:
@@ -180,7 +180,7 @@ def decode_manifest(data: bytes) -> Manifest:
         keys = _decode_keys(document)
         files = _decode_files(document["files"])
         placement = _decode_placement(document, keys.fqns, files)
-        _check_names(placement, files)
+        _check_names(files, len(placement.files))
         chunks = _decode_chunks(document, placement)
         layouts = [layout for layout, _ in placement.layouts]
         check_tiling(keys, placement.key, box, list(map(tuple, document["boxes"])), placement.layout, layouts)
@@ -408,7 +408,7 @@ def _decode_records(data: bytes, before: Placement | None) -> tuple[ChunkTable, 
 
 
 def _check_order(placement: Placement, files: Sequence[FileRecord]) -> None:
-    """Opaque ones come last; a placement that was read names them, too."""
+    """Opaque ones come last, and a placement does not know them."""
     if placement.files != tuple(file.name for file in files[: len(placement.files)]):
         raise ValueError("the files of a placement and their records differ")
 
@@ -505,13 +505,12 @@ def _decode_files(columns: Mapping[str, Any]) -> list[FileRecord]:
     return files
 
 
-def _check_names(placement: Placement, files: Sequence[FileRecord]) -> None:
-    with_chunks = set(np.unique(placement.file).tolist())
-    for number, file in enumerate(files):
-        if number not in with_chunks:
-            check_file_name(file.name)
-        elif not _DATA_NAME.match(file.name):
+def _check_names(files: Sequence[FileRecord], num_data: int) -> None:
+    for file in files[:num_data]:
+        if not _DATA_NAME.match(file.name):
             raise ValueError(f"file name {file.name!r}")
+    for file in files[num_data:]:
+        check_file_name(file.name)
     check_folders(file.name for file in files)
 
 
@@ -544,7 +543,9 @@ def _decode_placement(document: Mapping[str, Any], fqns: tuple[str, ...], files:
     columns = document["chunks"]
     contents = _decode_contents(document, fqns)
     file, offset, length = (_numbers(columns.pop(name)) for name in ("file", "offset", "length"))
-    placement = Placement(*contents, tuple(record.name for record in files), file, offset, length)
+    # Not more, as what is made of a placement (`.metadata`) has the names of its files.
+    names = tuple(record.name for record in files[: int(file.max()) + 1 if len(file) else 0])
+    placement = Placement(*contents, names, file, offset, length)
     _check_places(placement, files)
     return placement
 

@@ -28,6 +28,7 @@ from asyncckpt import (
     StepNotFoundError,
     WriteError,
 )
+from asyncckpt.commit import mend_step
 from asyncckpt.fetch import fetch_files
 from asyncckpt.files import BytesFile, File, FileContent
 from asyncckpt.manifest import FileRecord, Manifest, ManifestError, check_file_name, decode_manifest, encode_manifest
@@ -96,6 +97,16 @@ def manifest_of(run: pathlib.Path, step: int = 1) -> Manifest:
 
 
 # -- there and back
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_the_stock_index_is_made_again_from_the_manifest(tmp_path: pathlib.Path) -> None:
+    """Byte for byte, as of a step without files: a writer that is killed may leave it to the next one."""
+    with CheckpointManager(str(tmp_path), max_to_keep=1) as manager:
+        manager.save(1, {"w": torch.ones(5), "o": [1]}, files=some_files())
+    before = (tmp_path / "1" / ".metadata").read_bytes()
+    mend_step(open_storage(str(tmp_path)), "1")
+    assert (tmp_path / "1" / ".metadata").read_bytes() == before
 
 
 def test_files_come_back_as_they_were_given(any_url: tuple[str, dict[str, Any]], tmp_path: pathlib.Path) -> None:
@@ -276,10 +287,7 @@ def test_every_name_that_is_taken_comes_back(tmp_path_factory: pytest.TempPathFa
 
 def with_names(made: Manifest, *names: str) -> Manifest:
     """The manifest with opaque files of these names."""
-    place = made.chunks.placement
-    alone = place.moved(place.files[:1], place.file, place.offset, place.length)
-    files = [made.files[0], *(FileRecord(name, 1, 0) for name in names)]
-    return replace(made, chunks=replace(made.chunks, placement=alone), files=files)
+    return replace(made, files=[made.files[0], *(FileRecord(name, 1, 0) for name in names)])
 
 
 @pytest.mark.parametrize("name", [*GOOD, "rank 0/~(x),@+=.pkl"])

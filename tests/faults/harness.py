@@ -14,12 +14,14 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -30,6 +32,7 @@ import torch
 from asyncckpt import manager as manager_module
 from asyncckpt.errors import DamagedStepError
 from asyncckpt.events import Committed, Event
+from asyncckpt.files import BytesFile, File
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.storage import TEMP_PREFIX, Storage, open_storage
 from asyncckpt.testing import Call, RecordingStorage
@@ -69,6 +72,17 @@ def state_of(step: int, save: int, num_rows: int = 1450) -> dict[str, Any]:
     }
 
 
+def files_of(step: int, save: int) -> dict[str, File | bytes]:
+    """The files that save number `save` gives for `step`: 1.5 MB of a tensor, small ones, an empty one."""
+    words = torch.arange(375_000, dtype=torch.int32) * (1000 * step + save + 1)
+    return {
+        "given/deep/optimizer.bin": File(words, lambda staged: BytesFile(staged.numpy().tobytes())),
+        "given/save.json": f'{{"save": {save}}}'.encode(),
+        "given/random.pkl": bytes([step]) * (10_000 + save),
+        "given/none": b"",
+    }
+
+
 Moment = Literal["before", "middle", "after"]
 
 
@@ -77,7 +91,8 @@ class Place:
     """Where a run saves, and what: states whose largest tensor has `num_rows` rows of 4 KB.
 
     oracles: a folder to which `save_oracles` wrote the states; "": they are made again. may_tear: files that should be
-    written in one go may be cut off where a run was killed, and a step whose manifest is cut off is damaged.
+    written in one go may be cut off where a run was killed, and a step whose manifest is cut off is damaged. has_files:
+    beside the state, those of `files_of`.
     """
 
     url: str
@@ -85,6 +100,7 @@ class Place:
     num_rows: int = 1450
     oracles: str = ""
     may_tear: bool = False
+    has_files: bool = False
 
     def state(self, step: int, save: int) -> dict[str, Any]:
         return state_of(step, save, self.num_rows)
@@ -146,21 +162,24 @@ class KilledStorage(RecordingStorage):
     def __init__(self, inner: Storage, point: KillPoint | None) -> None:
         super().__init__(inner)
         self._point = point if point and point.kind == "call" else None
+        self._lock = threading.Lock()
+        self._last_path = ""  # of the write in which it ends
 
     def _around(self, call: Call, run: Callable[[], Any]) -> Any:
-        moment = self._moment()
-        self.calls.append(call)
+        with self._lock:  # files are written on several threads
+            moment = self._moment()
+            self.calls.append(call)
         if moment == "before":
             _die()
+        if moment == "middle":
+            self._last_path = call.path
         result = run()
-        if moment == "after":
+        if moment is not None:  # of an empty file there is no middle
             _die()
         return result
 
     def write_file(self, path: str, size: int, views: Iterator[memoryview]) -> None:
-        if self._moment() == "middle":
-            views = self._part(size, views)
-        super().write_file(path, size, views)
+        super().write_file(path, size, self._until_killed(path, size, views))
 
     def delete(self, paths: Iterable[str]) -> None:
         names = list(paths)
@@ -173,7 +192,10 @@ class KilledStorage(RecordingStorage):
     def _moment(self) -> str | None:
         return self._point.moment if self._point and self._point.number == len(self.calls) else None
 
-    def _part(self, size: int, views: Iterator[memoryview]) -> Iterator[memoryview]:
+    def _until_killed(self, path: str, size: int, views: Iterator[memoryview]) -> Iterator[memoryview]:
+        if path != self._last_path:
+            yield from views
+            return
         assert self._point is not None
         left = int(size * self._point.fraction)
         for view in views:
@@ -218,10 +240,11 @@ def rehearse(place: Place) -> Rehearsal:
 
 
 def _run_messages(place: Place, point: KillPoint | None) -> Iterator[tuple[str, Any]]:
-    for kind, value in messages_of(_save_all, place, point):
+    process, messages = start(_save_all, place, point, preload=_PRELOAD, silence_s=TIMEOUT_S)
+    for kind, value in messages:
         if point and point.kind == "delay" and (kind, value) == ("saving", point.number):
             time.sleep(point.delay_s)
-            break
+            process.kill()  # and hear what it has said until then
         yield kind, value
 
 
@@ -286,7 +309,7 @@ def _save_all(link: Connection, place: Place, point: KillPoint | None) -> None:
     manager = open_manager(place, wrap, max_to_keep=KEPT, events=[report])
     for save, step in enumerate(SCHEDULE):
         link.send(("saving", save))
-        manager.save_async(step, place.state(step, save))
+        manager.save_async(step, place.state(step, save), files=files_of(step, save) if place.has_files else None)
     manager.close()
     link.send(("done", (tuple(storages[0].calls), syscalls())))
 
@@ -379,6 +402,15 @@ def _restored_save(manager: CheckpointManager, place: Place, step: int) -> int:
     target = target_like(place.state(0, 0))
     manager.restore(step, target, strict=True)
     assert_same(place.oracle(step, target["save"]), target)
+    if place.has_files and step != NEXT:
+        with TemporaryDirectory() as folder:
+            manager.fetch(step, folder)
+            given = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
+            files = files_of(step, target["save"])
+            assert given.keys() == files.keys() == manager.files(step).keys()
+            for name, file in files.items():
+                expected = file if isinstance(file, bytes) else b"".join(file.format(file.value).views())
+                assert given[name].read_bytes() == expected, name
     return int(target["save"])
 
 
@@ -388,7 +420,7 @@ def strays(place: Place, storage: Storage, steps: Iterable[int]) -> list[str]:
     found = []
     for step in {path.split("/")[0] for path in files}:
         names = sorted(path for path in files if path.split("/")[0] == step)
-        data = rf"{step}/(\d+)-([0-9a-f]+)/__0_0\.distcp(?: {step}/\1-\2/__\d+_\d+\.distcp)*"  # of all ranks
+        data = rf"{step}/(\d+)-([0-9a-f]+)/__0_0\.distcp(?: {step}/\1-\2/(?:__\d+_\d+\.distcp|given/[\w./]+))*"
         whole = rf"{step}/\.metadata {data} {step}/manifest-\1\.json"
         if step not in map(str, steps) or not re.fullmatch(whole, " ".join(names)):
             found += names

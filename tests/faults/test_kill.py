@@ -1,4 +1,5 @@
-"""SIGKILL during a save, at moments drawn from seeds: what was committed stays, what was not is never seen.
+"""SIGKILL during a save of tensors and files, at moments drawn from seeds: what was committed stays, what was not is
+never seen.
 
 `ASYNCCKPT_KILLS=500 scripts/test -m "slow or not slow" tests/faults/test_kill.py` tries more moments than the 50 for
 each kind of storage; a failure names its seed and where the run died.
@@ -26,7 +27,7 @@ seeds = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def folder_rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
-    return rehearse(Place(str(tmp_path_factory.mktemp("rehearsal") / "run"), {}))
+    return rehearse(Place(str(tmp_path_factory.mktemp("rehearsal") / "run"), {}, has_files=True))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def s3_rehearsal(s3_server: S3Server) -> Rehearsal:
 @seeds
 def test_a_run_killed_while_it_saves_to_a_folder(seed: int, tmp_path: Path, folder_rehearsal: Rehearsal) -> None:
     """Keeps every promise of `assert_survived`."""
-    _kill_and_check(Place(str(tmp_path / "run"), {}), folder_rehearsal, seed)
+    _kill_and_check(Place(str(tmp_path / "run"), {}, has_files=True), folder_rehearsal, seed)
 
 
 @seeds
@@ -55,4 +56,4 @@ def _kill_and_check(place: Place, rehearsal: Rehearsal, seed: int) -> None:
 
 
 def _s3_place(server: S3Server) -> Place:
-    return Place(f"s3://{BUCKET}/{secrets.token_hex(4)}/run", server.storage_options)
+    return Place(f"s3://{BUCKET}/{secrets.token_hex(4)}/run", server.storage_options, has_files=True)
