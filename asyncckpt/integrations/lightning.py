@@ -20,15 +20,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import IO, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from asyncckpt import events
+from asyncckpt.dcp import ShardReader, ShardWriter
 from asyncckpt.errors import DamagedStepError, WriteError
 from asyncckpt.events import Sink, log_events
 from asyncckpt.storage import Storage, open_storage, redact
@@ -37,7 +47,7 @@ from asyncckpt.writer import BackgroundWriter
 from stagers import BlockingAsyncStager
 from stagers.base import StagedSnapshot
 
-__all__ = ["AsyncckptIO"]
+__all__ = ["AsyncckptIO", "ShardedSaves"]
 
 Path: TypeAlias = str | os.PathLike[str]
 Write: TypeAlias = Callable[[], int]
@@ -45,6 +55,8 @@ Write: TypeAlias = Callable[[], int]
 
 Stage: TypeAlias = Callable[[BlockingAsyncStager], tuple[StagedSnapshot, Write]]
 
+_REST = "lightning_checkpoint"
+"""The key in a sharded checkpoint of what is neither model nor optimizer, as the bytes of a file of torch.save."""
 _META = "meta.pt"
 """What Lightning looks for in a folder, to know a checkpoint of a sharded strategy."""
 _ZIP = b"PK\x03\x04"
@@ -105,16 +117,15 @@ class AsyncckptIO:
             return snapshot, write
 
         self.save_staged(path, int(checkpoint.get("global_step", -1)), stage)
-        if not _is_local(
-            path
-        ):  # ModelCheckpoint asks this thread's filesystem, which may have listed the folder before
-            url_to_fs(os.fspath(path))[0].invalidate_cache()
-        elif _holds_links(path):
-            self.join()
 
     def save_staged(self, path: Path, step: int, stage: Stage) -> None:
         """Queue what `stage` prepares; the snapshot is released when it is written. For `ShardedSaves`."""
         self._begun().save(os.fspath(path), step, stage)
+        if not _is_local(path):
+            # ModelCheckpoint asks this thread's own filesystem what is there, which may have listed the folder before.
+            url_to_fs(os.fspath(path))[0].invalidate_cache()
+        elif _holds_links(path):
+            self.join()
 
     def load_checkpoint(
         self, path: Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -123,8 +134,7 @@ class AsyncckptIO:
 
         Raises FileNotFoundError, DamagedStepError, and what torch.load does. weights_only: as torch.load takes it.
         """
-        if self._saves is not None:
-            self._saves.writer.join()
+        self.drain()
         with self._opened(path) as file:
             _verify(file, redact(os.fspath(path)))
             loaded: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=weights_only)
@@ -135,10 +145,15 @@ class AsyncckptIO:
         storage, name = self._open(path, None)
         self._begun().remove(os.fspath(path), lambda: _delete(storage, name))
 
-    def join(self) -> None:
-        """Wait until all saves and removals are over. Raises what failed since it was last raised."""
+    def drain(self) -> None:
+        """Wait until all saves and removals are over. What failed is raised later."""
         if self._saves is not None:
             self._saves.writer.join()
+
+    def join(self) -> None:
+        """Wait until all saves and removals are over. Raises what failed since it was last raised."""
+        self.drain()
+        if self._saves is not None:
             self._saves.writer.raise_failures()
 
     def teardown(self) -> None:
@@ -148,6 +163,40 @@ class AsyncckptIO:
         if saves is not None:
             saves.close()
             saves.writer.raise_failures()
+
+    def write_sharded(
+        self, path: str, state: dict[str, Any], meta: bytes, group: Any, storage_options: Mapping[str, Any] | None
+    ) -> None:
+        """On the writer threads of all ranks, for `ShardedSaves`. meta: of rank 0, else empty."""
+        options = self._storage_options | dict(storage_options or {})
+        storage = open_storage(path, options)
+        if meta:
+            state[_REST] = torch.frombuffer(bytearray(meta), dtype=torch.uint8)
+            storage.delete([_META])  # it would go with the new weights for a moment
+        dcp.save(state, storage_writer=ShardWriter(path, storage_options=options), process_group=group)
+        if meta:
+            storage.replace(_META, meta)
+
+    def read_sharded_rest(self, path: str, weights_only: bool | None) -> dict[str, Any] | None:
+        """All but the weights and the optimizers of a checkpoint of `ShardedSaves`; None if it is something else."""
+        storage, name = self._open(path, None)
+        try:
+            if not storage.list_files(name):
+                return None
+        except NotADirectoryError:
+            return None
+        reader = self.sharded_reader(path)
+        entry = reader.read_metadata().state_dict_metadata.get(_REST)
+        if entry is None:
+            return None
+        rest = {_REST: torch.empty(entry.size, dtype=torch.uint8)}
+        dcp.load(rest, storage_reader=self.sharded_reader(path))
+        file = io.BytesIO(rest[_REST].numpy().tobytes())
+        loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only)
+        return loaded
+
+    def sharded_reader(self, path: str) -> ShardReader:
+        return ShardReader(path, storage_options=self._storage_options)
 
     def _begun(self) -> _Saves:
         if self._saves is None:
@@ -316,11 +365,105 @@ class _Saves:
         events.emit(self._sinks, kind(url=redact(path), step=step, rank=_rank(), time_s=time.time(), **values))
 
 
+# -- sharded strategies
+
+
+class ShardedSaves:
+    """Makes a strategy of Lightning's save its shards in the background, through `AsyncckptIO`, to any URL:
+
+        class Sharded(ShardedSaves, ModelParallelStrategy): ...
+        trainer = Trainer(strategy=Sharded(), plugins=[AsyncckptIO()])
+
+    for `ModelParallelStrategy` (save_distributed_checkpoint=True) and `FSDPStrategy` (state_dict_type="sharded"), which
+    otherwise bypass the plugin. The checkpoint is a folder: a DCP checkpoint of asyncckpt's, committed when all ranks
+    are durable, which holds the rest of Lightning's checkpoint, too, and, after that, `meta.pt`, by which Lightning
+    without this class knows and reads a local one. Other shardings and numbers of ranks may load it. Full checkpoints
+    go to the plugin as ever. A rank that waits for others gives up after `GROUP_TIMEOUT`.
+    """
+
+    GROUP_TIMEOUT = timedelta(minutes=10)
+
+    _group: dist.ProcessGroup | None = None
+
+    def save_checkpoint(self: Any, checkpoint: dict[str, Any], filepath: Path, storage_options: Any = None) -> None:
+        plugin = self._plugin()
+        if not self._is_sharding():
+            if self.is_global_zero:
+                plugin.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
+        path = self.broadcast(os.fspath(filepath))
+        state = {self._model_key(): checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{i}": each for i, each in enumerate(checkpoint.pop("optimizer_states", []))}
+        group = self._own_group()
+
+        def stage(stager: BlockingAsyncStager) -> tuple[StagedSnapshot, Write]:
+            snapshot, rest = staged_copy(stager, checkpoint, state)
+            try:
+                meta = b"".join(TorchFile(rest).views()) if self.global_rank == 0 else b""
+            except BaseException:
+                snapshot.release()
+                raise
+
+            def write() -> int:
+                plugin.write_sharded(path, snapshot.state_dict["apart"], meta, group, storage_options)
+                return snapshot.num_bytes
+
+            return snapshot, write
+
+        plugin.save_staged(path, int(checkpoint.get("global_step", -1)), stage)
+
+    def load_checkpoint(self: Any, checkpoint_path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+        plugin = self._plugin()
+        plugin.drain()
+        path = self.broadcast(os.fspath(checkpoint_path))
+        rest = plugin.read_sharded_rest(path, weights_only)
+        if rest is None:  # one file, or Lightning's own folder
+            loaded: dict[str, Any] = super().load_checkpoint(path, weights_only=weights_only)  # type: ignore[misc]
+            return loaded
+        model, strict = self.model, self.lightning_module.strict_loading
+        weights = {self._model_key(): get_model_state_dict(model)}
+        dcp.load(weights, storage_reader=plugin.sharded_reader(path))
+        set_model_state_dict(model, weights[self._model_key()], options=StateDictOptions(strict=strict))
+        for i, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{i}": get_optimizer_state_dict(model, optimizer)}
+            dcp.load(state, storage_reader=plugin.sharded_reader(path))
+            set_optimizer_state_dict(model, optimizer, state[f"optimizer_{i}"])
+        return rest
+
+    def teardown(self: Any) -> None:
+        try:
+            self._plugin().teardown()  # ModelParallelStrategy does not
+        finally:
+            super().teardown()  # type: ignore[misc]
+
+    def _plugin(self: Any) -> AsyncckptIO:
+        if not isinstance(self.checkpoint_io, AsyncckptIO):
+            raise TypeError(f"{type(self).__name__} needs Trainer(plugins=[AsyncckptIO()])")
+        return self.checkpoint_io
+
+    def _is_sharding(self: Any) -> bool:
+        # ModelParallelStrategy's, FSDPStrategy's
+        return getattr(self, "_save_distributed_checkpoint", getattr(self, "_state_dict_type", "")) in (True, "sharded")
+
+    def _model_key(self: Any) -> str:
+        return "model" if hasattr(self, "_state_dict_type") else "state_dict"  # FSDPStrategy's, ModelParallelStrategy's
+
+    def _own_group(self) -> dist.ProcessGroup | None:
+        """For the writer threads of all ranks, which use no other: two threads on one group would wait for ever."""
+        if self._group is None and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=self.GROUP_TIMEOUT)
+        return self._group
+
+
 # -- a copy of one moment
 
 
-def staged_copy(stager: BlockingAsyncStager, value: Any) -> tuple[StagedSnapshot, Any]:
+def staged_copy(
+    stager: BlockingAsyncStager, value: Any, apart: dict[str, Any] | None = None
+) -> tuple[StagedSnapshot, Any]:
     """A copy of any picklable value, types and ties kept, its tensors in the snapshot's memory.
+
+    apart: a state dict that goes into the same snapshot, as its "apart".
 
     By pickle, not by the stager's own walk: torch.save would keep an OrderedDict with its attributes, a dataclass, or a
     module in the hyperparameters, and find the tensors in them.
@@ -328,10 +471,11 @@ def staged_copy(stager: BlockingAsyncStager, value: Any) -> tuple[StagedSnapshot
     stream = io.BytesIO()
     taken = _Taken(stream)
     taken.dump(value)
-    snapshot = stager.snapshot(dict(enumerate(taken.tensors)))
+    snapshot = stager.snapshot({"apart": apart or {}, "taken": dict(enumerate(taken.tensors))})
     try:
         stream.seek(0)
-        copies = [_like(tensor, snapshot.state_dict[i]) for i, tensor in enumerate(taken.tensors)]
+        staged = snapshot.state_dict["taken"]
+        copies = [_like(tensor, staged[i]) for i, tensor in enumerate(taken.tensors)]
         return snapshot, _Given(stream, copies).load()
     except BaseException:
         snapshot.release()
