@@ -18,13 +18,15 @@ from typing import Any, TypeAlias
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asyncckpt.errors import RestoreError
-from asyncckpt.framing import BLOCK_BYTES, crc32
+from asyncckpt.errors import DamagedStepError, RestoreError
+from asyncckpt.fetch import given_files
+from asyncckpt.framing import crc32
 from asyncckpt.lookup import Saved, read_values, tree_of
-from asyncckpt.restore import OpenStep, open_step
+from asyncckpt.manifest import FileRecord
+from asyncckpt.restore import OpenStep, join, open_step
 from asyncckpt.safetensors_file import Header, Kind, header_of
 from asyncckpt.storage import Storage
-from asyncckpt.stream import Place, stream
+from asyncckpt.stream import Place, file_views, stream
 from asyncckpt.torch_file import Slot, TorchFile
 from asyncckpt.verify import Tell
 
@@ -313,14 +315,7 @@ class _Writing:
 
     def is_right(self, path: str, file: _File) -> bool:
         """Whether it holds what the step has, which is read again."""
-        return _crc32_of(file.views(self.source, self.step)) == _crc32_of(self._stored(path, file.size))
-
-    def _stored(self, path: str, size: int) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(min(size, BLOCK_BYTES)))
-        for at in range(0, size, BLOCK_BYTES):
-            view = buffer[: min(BLOCK_BYTES, size - at)]
-            self.target.read_into(path, [(at, view)])
-            yield view
+        return _crc32_of(file.views(self.source, self.step)) == _crc32_of(file_views(self.target, path, file.size))
 
 
 def _crc32_of(views: Iterable[memoryview]) -> int:
@@ -381,3 +376,73 @@ def _filled(tree: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(tree, dict):
         return {key: _filled(inner, values) for key, inner in tree.items()}
     return [_filled(inner, values) for inner in tree]
+
+
+# -- files as they were given
+
+
+def export_files(
+    source: Storage,
+    folder: str,
+    target: Storage,
+    *,
+    select: Callable[[str], bool] = lambda name: True,
+    overwrite: bool = False,
+    tell: Tell = _nobody,
+) -> Exported:
+    """Write the files that `save(files=)` was given, as an Accelerate or Trainer checkpoint has them, under their names
+    below `target`: the folder that the stock tool loads.
+
+    Each is compared with its CRC32 on the way, and appears whole or not at all; indices, and what begins with a dot,
+    last. One that is there already is kept if its bytes have that CRC32, else FileExistsError, or with `overwrite`
+    replaced. select: which, by name. Raises as `export_safetensors`; ValueError: there are none.
+    """
+    step = open_step(source, folder)
+    records = [file for file in given_files(source, step) if select(file.name)]
+    if not records:
+        raise ValueError(f"{join(source.url, folder)} has no files that were given as files. Export its tensors")
+    records.sort(key=lambda file: _comes_last(file.name))
+    there = target.list_files()
+    kept = [
+        file.name
+        for file in records
+        if there.get(file.name) == file.size and _crc32_of(file_views(target, file.name, file.size)) == file.crc32
+    ]
+    other = [file.name for file in records if file.name in there and file.name not in kept]
+    if other and not overwrite:
+        raise FileExistsError(
+            f"{target.url} holds other files of these names: {_some(other)}. Nothing was written. Give another folder, "
+            "or overwrite them"
+        )
+    writing = _Writing(source, step, target, tell)
+    for file in records:
+        if file.name in kept:
+            tell(file.size)
+        else:
+            target.replace_file(file.name, file.size, writing.told(_checked(source, step, file)))
+    return Exported({file.name: file.size for file in records}, kept)
+
+
+def _comes_last(name: str) -> bool:
+    """Whether readers take a folder without it for none."""
+    name = name.rpartition("/")[2]
+    return name.startswith(".") or name.endswith(".index.json")
+
+
+def _checked(source: Storage, step: OpenStep, file: FileRecord) -> Iterator[memoryview]:
+    """Its bytes, of which the last is only given when all have the CRC32 that the manifest says: without it there is no
+    file."""
+    path, crc, last = join(step.data_folder, file.name), 0, memoryview(b"")
+    try:
+        for view in file_views(source, path, file.size):
+            crc = crc32(view, crc)
+            yield last
+            last = view
+    except (EOFError, FileNotFoundError) as exc:
+        raise DamagedStepError(f"{path} at {source.url} is missing or cut: {exc}", url=source.url) from exc
+    if crc != file.crc32:
+        raise DamagedStepError(
+            f"{path} at {source.url} is damaged: it has CRC32 {crc:08x}, the manifest says {file.crc32:08x}",
+            url=source.url,
+        )
+    yield last

@@ -20,6 +20,7 @@ from asyncckpt.errors import DamagedStepError
 from asyncckpt.read_whole import find_whole, read_whole
 from asyncckpt.restore import PASS_OVER, OpenStep, join, prepare, read
 from asyncckpt.safetensors_file import Kind
+from asyncckpt.shard import VIEW_BYTES
 from asyncckpt.storage import Storage
 
 PIECE_BYTES = 32 << 20
@@ -123,6 +124,27 @@ def read_into(storage: Storage, step: OpenStep, tensors: Mapping[str, torch.Tens
         read_whole(storage, step.data_folder, whole)
     if rest:
         read(storage, prepare(storage, step, rest, is_coordinator=True, load_planner=None, safe_globals=()))
+
+
+def file_views(storage: Storage, path: str, size: int) -> Iterator[memoryview]:
+    """A file's bytes, read ahead; the last of `size` stand in the last view. Raises EOFError, OSError."""
+    buffers = Buffers(VIEW_BYTES)
+    starts = deque(range(0, size, VIEW_BYTES))
+    reading: deque[Future[memoryview]] = deque()
+
+    def read_view(start: int) -> memoryview:
+        view = buffers.take(min(VIEW_BYTES, size - start), 0)
+        storage.read_into(path, [(start, view)])
+        return view
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="asyncckpt-ahead") as pool:
+        try:
+            while starts or reading:
+                while starts and len(reading) <= READERS:
+                    reading.append(pool.submit(read_view, starts.popleft()))
+                yield reading.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Buffers:
