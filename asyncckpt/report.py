@@ -306,7 +306,7 @@ def _begin(event: Event) -> float:
 def _kept_for(steps: Sequence[Glance], policy: str, now_s: float) -> dict[int, list[str]]:
     """Why each step that is there is kept, by the policies that can be read off the text of the last one that dropped
     a step; the newest is kept in any case. Empty: nothing is known of a policy."""
-    policies = [made for found in _POLICY.finditer(policy) if (made := _policy(*found.groups())) is not None]
+    policies = _policies(policy)
     committed = [
         CommittedStep(step.step, step.sequence, step.head.time_s, step.head.metrics)
         for step in steps
@@ -320,6 +320,15 @@ def _kept_for(steps: Sequence[Glance], policy: str, now_s: float) -> dict[int, l
         for number in one.keep(committed, now_s):
             why[number].append(_in_words(one))
     return why
+
+
+def in_words(policy: str) -> str:
+    """What a policy keeps; one that is not ours shows itself."""
+    return "; ".join(map(_in_words, _policies(policy))) or policy
+
+
+def _policies(text: str) -> list[KeepPolicy]:
+    return [made for found in _POLICY.finditer(text) if (made := _policy(*found.groups())) is not None]
 
 
 def _policy(name: str, arguments: str) -> KeepPolicy | None:
@@ -339,9 +348,9 @@ def _in_words(policy: KeepPolicy) -> str:
         case KeepEvery(n):
             return f"a multiple of {n}"
         case KeepBest(n, metric, mode):
-            return f"best {n} by {mode} {metric}"
+            return f"one of the {n} with the {'lowest' if mode == 'min' else 'highest'} {metric}"
         case KeepYounger(seconds):
-            return f"younger than {seconds:g} s"
+            return f"younger than {seconds / 3600:.3g} h"
     return repr(policy)
 
 

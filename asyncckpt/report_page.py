@@ -19,7 +19,7 @@ from importlib import resources
 from typing import NamedTuple
 
 from asyncckpt.overview import Glance
-from asyncckpt.report import Fault, Finding, Report, Save, Subtree, findings
+from asyncckpt.report import Fault, Finding, Report, Save, Subtree, findings, in_words
 from asyncckpt.version import __version__
 
 MAX_MARKS = 240  # of a chart that is some 500 pixels wide
@@ -59,7 +59,7 @@ def page(report: Report) -> str:
     found = findings(report)
     script, style = (resources.files("asyncckpt").joinpath(f"report.{kind}").read_text() for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = [
         _head(report),
         _verdict(report, found),
@@ -249,7 +249,7 @@ def _metrics(report: Report) -> list[str]:
             Point(x, value, f"step {step.step}: {value:.6g}")
             for x, (step, value) in zip(_places(len(known)), known, strict=True)
         ]
-        axis = _axis([point.y for point in points], lambda value: f"{value:.3g}", is_log=False, from_zero=False)
+        axis = _axis([point.y for point in points], lambda value: f"{value:.3g}", is_log=True, from_zero=False)
         charts.append(
             _chart(name, "metric of the steps that are kept", points, axis, _step_labels([s for s, _ in known]))
         )
@@ -370,8 +370,8 @@ def _faults(report: Report) -> str:
     left = f", the last {MAX_ROWS} of them" if len(shown) < len(report.faults) else ""
     return (
         f'<h2>Faults</h2><p class="soft">{len(report.faults):,} in all{left}.</p>'
-        '<div class="scroll"><table class="sorted">'
-        "<thead><tr><th>when (UTC)</th><th>step</th><th>what</th><th>ranks</th><th>in words</th></tr></thead>"
+        '<div class="scroll"><table class="sorted faults">'
+        "<thead><tr><th>when (UTC)</th><th>step</th><th>what</th><th>told by rank</th><th>in words</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -379,26 +379,25 @@ def _faults(report: Report) -> str:
 def _fault_row(fault: Fault) -> str:
     level = {"failed": "bad", "damaged": "bad", "partial": "note", "unguarded": "note", "merged": "note"}
     what = f"{fault.kind} ({fault.phase})" if fault.phase else fault.kind
-    when = "" if math.isnan(fault.time_s) else utc(fault.time_s)
+    when = "" if math.isnan(fault.time_s) else utc(fault.time_s).removesuffix(" UTC")
     step = str(fault.step) if fault.step >= 0 else ""
     ranks = ", ".join(map(str, sorted(fault.ranks)[:8])) + (" ..." if len(fault.ranks) > 8 else "")
     return (
         f'<tr><td class="num">{when}</td><td class="num">{step}</td>'
-        f'<td><span class="mark {level.get(fault.kind, "look")}">{_e(what)}</span></td><td>{ranks}</td>'
+        f'<td><span class="mark {level.get(fault.kind, "look")}">{_e(what)}</span></td><td class="by">{ranks}</td>'
         f'<td class="what">{_e(_cut(fault.text))}</td></tr>'
     )
 
 
 def _retention(report: Report) -> str:
     committed = report.committed
-    gone = [
-        save for save in report.saves if (save.step, save.sequence) not in {(s.step, s.sequence) for s in committed}
-    ]
     if not committed:
         return ""
+    there = {(step.step, step.sequence) for step in committed}
+    gone = [save for save in report.saves if (save.step, save.sequence) not in there]
     words = [f"{len(committed):,} steps are kept."]
     if report.policy:
-        words.append(f"The policy: {_cut(report.policy)}.")
+        words.append(f"The policy keeps what is: {_cut(in_words(report.policy))}.")
     if gone:
         again = sum(save.step not in report.pruned for save in gone)
         words.append(
@@ -446,23 +445,24 @@ def _contents(report: Report) -> str:
     if tree is None:
         return ""
     most = max((child.num_bytes for child in tree.children), default=0) or 1
-    rows = "".join(_branch(child, most, tree.num_bytes, "top") for child in tree.children)
+    rows = "".join(_branch(child, most, tree.num_bytes) for child in tree.children)
     return (
         f"<h2>What is in {_e(tree.name)}</h2>"
         f'<p class="soft">{num_bytes(tree.num_bytes)} in {tree.num_keys:,} values. A click opens a branch.</p>{rows}'
     )
 
 
-def _branch(node: Subtree, most: int, total: int, kind: str = "") -> str:
+def _branch(node: Subtree, most: int, total: int, depth: int = 0) -> str:
     row = (
-        f'<span class="name">{_e(_cut(node.name))}</span>'
+        f'<span class="name" style="--depth:{depth}">{_e(_cut(node.name))}</span>'
         f'<span class="bar"><i style="width:{100 * node.num_bytes / most:.1f}%"></i></span>'
         f'<span class="num">{num_bytes(node.num_bytes)} · {100 * node.num_bytes / max(total, 1):.1f} %</span>'
     )
     if not node.children:
-        return f'<div class="leaf {kind}">{row}</div>'
-    below = "".join(_branch(child, most, total) for child in node.children)
-    return f'<details class="{kind}"><summary>{row}</summary>{below}</details>'
+        return f'<div class="leaf">{row}</div>'
+    below = "".join(_branch(child, most, total, depth + 1) for child in node.children)
+    is_open = depth == 0 and node.num_bytes > total / 10
+    return f"<details{' open' if is_open else ''}><summary>{row}</summary>{below}</details>"
 
 
 def _table(report: Report) -> str:
@@ -497,7 +497,7 @@ def _step_row(report: Report, step: Glance, save: Save | None, metrics: Sequence
     head = step.head
     cells = [
         f'<td class="num">{step.step}</td><td><span class="mark {level}">{state}</span></td>',
-        _cell(utc(head.time_s) if head else "", head.time_s if head else math.nan),
+        _cell(utc(head.time_s).removesuffix(" UTC") if head else "", head.time_s if head else math.nan),
         _cell(num_bytes(step.num_bytes), step.num_bytes),
         _cell(str(head.world_size) if head else "", head.world_size if head else math.nan),
     ]
@@ -506,7 +506,7 @@ def _step_row(report: Report, step: Glance, save: Save | None, metrics: Sequence
     for name in metrics:
         value = head.metrics.get(name, math.nan) if head else math.nan
         cells.append(_cell("" if math.isnan(value) else f"{value:.6g}", value))
-    cells.append(f"<td>{_e(', '.join(report.kept_for.get(step.step, [])))}</td>")
+    cells.append(f"<td class='what'>{_e(', '.join(report.kept_for.get(step.step, [])))}</td>")
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -562,7 +562,7 @@ def seconds(length: float) -> str:
 
 
 def _ago(length: float) -> str:
-    return f"{seconds(length)} ago" if length >= 2 else "a moment ago"
+    return f"{seconds(round(length))} ago" if length >= 2 else "a moment ago"
 
 
 def utc(time_s: float) -> str:
