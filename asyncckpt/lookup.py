@@ -33,8 +33,8 @@ from asyncckpt.slices import Box, Part, boxes_between, part_of, within
 from asyncckpt.storage import Storage
 
 T = TypeVar("T")
-MAX_COMPARED = 20_000
-"""Keys that an unknown one is compared with: some 10 us each."""
+MAX_COMPARED, MAX_DIFFERENCE = 2000, 3
+"""Names that an unknown one is compared with, some 100 us each, and by how many letters they may be longer."""
 
 
 class Saved(NamedTuple):
@@ -50,30 +50,39 @@ class Saved(NamedTuple):
 
 
 def saved_in(step: OpenStep) -> list[Saved]:
-    """All values of a step, in the order of its keys; some 2 us each."""
+    """All values of a step, in the order of its keys; a million in seconds."""
+    return _saved_of(step, np.arange(len(step.keys)))
+
+
+def _saved_of(step: OpenStep, numbers: Numbers) -> list[Saved]:
+    """Of some keys, by their places."""
     keys = step.keys
-    kinds: list[tuple[tuple[int, ...] | None, torch.dtype | None]] = [
-        (shape, getattr(torch, dtype)) for dtype, shape in keys.kinds
-    ]
-    kind_bytes = [math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in keys.kinds]
-    kinds.append((None, None))
+    kinds = [(shape, _dtype_of(dtype)) for dtype, shape in keys.kinds]
+    shapes, dtypes = [shape for shape, _ in kinds], [dtype for _, dtype in kinds]
+    num_bytes = np.array([math.prod(shape) * dtype.itemsize for shape, dtype in kinds] + [0], np.int64)
     num_chunks, object_bytes = _extents(step)
-    kind_of = keys.kind.tolist()
-    return [
-        Saved(key, path, shape, dtype, kind_bytes[kind] if kind >= 0 else num_bytes, count)
-        for key, path, kind, (shape, dtype), num_bytes, count in zip(
-            keys.fqns, keys.paths, kind_of, map(kinds.__getitem__, kind_of), object_bytes.tolist(), num_chunks.tolist(),
-            strict=True,
+    kind, places = keys.kind[numbers], numbers.tolist()
+    sizes = np.where(kind < 0, object_bytes[numbers], num_bytes[kind])
+    return list(
+        map(
+            Saved, map(keys.fqns.__getitem__, places), map(keys.paths.__getitem__, places),
+            map([*shapes, None].__getitem__, kind.tolist()), map([*dtypes, None].__getitem__, kind.tolist()),
+            sizes.tolist(), num_chunks[numbers].tolist(),
         )
-    ]  # fmt: skip
+    )  # fmt: skip
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def tree_of(step: OpenStep, key: str = "") -> Any:
     """The nested dicts and lists that were saved, with a Saved for each value; `key`: the subtree of that name, or the
     Saved of that one value. KeyNotFoundError."""
     below = _below(step, key)
-    found = saved_in(step)
-    return nest((path, found[step.keys.number[fqn]]) for fqn, path in below)
+    numbers = np.array([step.keys.number[fqn] for fqn, _ in below], np.int64)
+    return nest((path, saved) for (_, path), saved in zip(below, _saved_of(step, numbers), strict=True))
 
 
 def look(storage: Storage, folder: str, work: Callable[[OpenStep], T], opened: OpenStep | None = None) -> T:
@@ -148,11 +157,11 @@ def read_tensor(
     if part.shape == saved.shape:
         tensor: torch.Tensor = read_values(storage, step, [key])[key]
     elif 0 in part.shape:
-        tensor = torch.empty(part.shape, dtype=getattr(torch, saved.dtype))
+        tensor = torch.empty(part.shape, dtype=_dtype_of(saved.dtype))
     elif step.manifest is None:
         tensor = _read_foreign(storage, step, key, part)
     else:
-        tensor = torch.empty(part.shape, dtype=getattr(torch, saved.dtype))
+        tensor = torch.empty(part.shape, dtype=_dtype_of(saved.dtype))
         _read_part(storage, step, step.manifest, key, part, tensor)
     found: torch.Tensor = tensor[part.view].to(device=device, dtype=dtype)
     return found
@@ -168,7 +177,7 @@ def read_values(
         if saved.dtype is None or saved.shape is None:
             target[key] = None
         else:
-            target[key] = torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
+            target[key] = torch.empty(saved.shape, dtype=_dtype_of(saved.dtype))
     restoring = prepare(storage, step, target, is_coordinator=True, load_planner=None, safe_globals=safe_globals)
     read(storage, restoring)
     return target
@@ -245,8 +254,11 @@ def _unknown(step: OpenStep, key: str) -> KeyNotFoundError:
     fqns = step.keys.fqns
     near = list(islice((fqn for fqn in fqns if key in fqn), 3))
     if not near:
-        some = fqns[:MAX_COMPARED]
-        near = difflib.get_close_matches(key, dict.fromkeys([*some, *(fqn.rpartition(".")[0] for fqn in some)]), 3)
+        depth, last = key.count(".") + 1, key.rpartition(".")[2]
+        names = dict.fromkeys(".".join(fqn.split(".", depth)[:depth]) for fqn in fqns)
+        alike = (name for name in names if abs(len(name) - len(key)) <= MAX_DIFFERENCE)
+        likely = sorted(alike, key=lambda name: not name.endswith(last))  # else in their order
+        near = difflib.get_close_matches(key, likely[:MAX_COMPARED], 3)
     hint = f", among them {', '.join(map(repr, near))}" if near else f", the first is {fqns[0]!r}" if fqns else ""
     return KeyNotFoundError(f"there is no key {key!r} among the {len(fqns)} of the step{hint}", near=near)
 
@@ -305,13 +317,21 @@ def _read_part(
 ) -> None:
     if key in step.lacking:
         raise DamagedStepError(f"the checkpoint at {join(storage.url, step.folder)} is damaged: {step.lacking[key]}")
-    is_of_key = step.keys.numbers_of(manifest.chunks.placement) == step.keys.number[key]
-    blocks = [
-        block
-        for number in np.flatnonzero(is_of_key).tolist()
-        for block in _blocks(manifest.chunks[number], part.ranges, target)
-    ]
+    numbers = _chunks_of(step, manifest, key, part)
+    blocks = [block for number in numbers for block in _blocks(manifest.chunks[number], part.ranges, target)]
     carry_out(storage, _reads(storage.url, step.data_folder, blocks))
+
+
+def _chunks_of(step: OpenStep, manifest: Manifest, key: str, part: Part) -> list[int]:
+    """The chunks that lie where the part does."""
+    place = manifest.chunks.placement
+    numbers = np.flatnonzero(step.keys.numbers_of(place) == step.keys.number[key])
+    layouts, layout = np.unique(place.layout[numbers], return_inverse=True)
+    starts = np.array([place.offsets[number] for number in numbers.tolist()])
+    sizes = np.array([place.layouts[number][0].shape for number in layouts.tolist()])[layout]
+    first, last = ([one[end] for one in part.ranges] for end in (0, -1))
+    chosen: list[int] = numbers[((starts <= last) & (starts + sizes > first)).all(axis=1)].tolist()
+    return chosen
 
 
 def _blocks(chunk: Chunk, ranges: Sequence[range], target: torch.Tensor) -> Iterator[_Block]:
