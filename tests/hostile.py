@@ -72,7 +72,7 @@ def target() -> dict[str, Any]:
 def make_base(root: Path) -> None:
     """What the attacks change: step 7 of ours, step 9 of stock DCP."""
     with CheckpointManager(str(root), 1) as manager:
-        manager.save(STEP, state())
+        manager.save(STEP, state(), files={"given/config": b"{}"})
     dcp.save(state(), checkpoint_id=str(root / str(FOREIGN)), no_dist=True)
 
 
@@ -114,6 +114,7 @@ def ways_in(root: Path, step: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "verify", managed(lambda manager: manager.verify(step))
     yield "load_planner", managed(lambda manager: manager.restore(step, target()), load_planner=DefaultLoadPlanner())
     yield "ShardReader", load
+    yield "fetch", managed(lambda manager: (manager.files(step), manager.fetch(step, root.parent / "fetched")))
     yield "mend", lambda: mend_step(open_storage(url), str(step), None)
     # The last ones: they change it.
     yield "retention", managed(save_beside, max_to_keep=1, keep=KeepBest(1, metric="loss"))
@@ -641,6 +642,12 @@ def colliding_paths(document: dict[str, Any]) -> None:
     document["keys"]["path"] = [len(document["paths"]) - 1] * len(document["keys"]["fqn"])
 
 
+def given(document: dict[str, Any], name: Any) -> None:
+    """One file more, which a fetch would write under that name."""
+    for column, value in (("name", name), ("size", 1), ("crc32", crc32(b"1"))):
+        document["files"][column].append(value)
+
+
 CHANGES: dict[str, Change] = {
     "half": half_of, "hole": smaller_chunk, "twice": twice, "moved": moved_chunk, "gone": gone_key,
     "other dtype": other_dtype, "many dims": many_dims,
@@ -664,6 +671,13 @@ CHANGES: dict[str, Change] = {
     "file up": lambda document: document["files"]["name"].__setitem__(0, "../../../" + OUTSIDE + "/secret"),
     "file nul": lambda document: document["files"]["name"].__setitem__(0, "a\0b"),
     "file link": lambda document: document["files"]["name"].__setitem__(0, ".metadata"),
+    "given up": lambda document: given(document, "../" * 5 + OUTSIDE + "/secret"),
+    "given root": lambda document: given(document, "/etc/passwd"),
+    "given nothing": lambda document: given(document, None),
+    "given temporary": lambda document: given(document, "a/.tmp-1"),
+    "given folder": lambda document: given(document, "given"),
+    "given twice": lambda document: given(document, "given/config"),
+    "given data": lambda document: given(document, "__0_0.distcp"),
     "dtype": lambda document: document["kinds"][0].__setitem__(0, "load"),
     "dtype doc": lambda document: document["kinds"][0].__setitem__(0, "__doc__"),
     "nan": lambda document: document["head"]["metrics"].update(a=float("nan")),
