@@ -38,7 +38,7 @@ class _Commands(TyperGroup):
         try:
             super().invoke(ctx)
             sys.stdout.flush()  # here, where a closed pipe is still ours to answer for
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):
             fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush

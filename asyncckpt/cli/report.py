@@ -41,7 +41,7 @@ def report(
     storage = opened(url, storage_option)
     others = [opened(other, storage_option) for other in events]
     with progress("read events", None) as tell:
-        found = look_at(storage, [storage, *others], now_s=time.time(), tell=tell)
+        found = look_at(storage, others, now_s=time.time(), tell=tell)
     if not found.steps and not found.has_events:
         fail(f"there is no step at {storage.url}, and no events. Nothing was written. Check the URL.")
     judged = findings(found)

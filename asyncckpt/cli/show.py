@@ -96,7 +96,7 @@ def _show(
             fail(f"none of the {len(open_.keys):,} keys of step {number} matches {' or '.join(keys)}")
     ranks = _num_ranks(open_)
     found = {one.key: _value(storage, open_, one.key) for one in saved if one.dtype is None} if values else {}
-    damage = sorted({*open_.lacking.values()})
+    damage = sorted({*open_.lacking.values(), *open_.lost})
     if as_json:
         print_json(_document(storage, number, run, open_, saved, ranks, found) | {"damage": damage})
     else:
