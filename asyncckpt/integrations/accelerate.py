@@ -24,17 +24,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, load
+from accelerate.utils import SCALER_NAME, DistributedType, gather_object, load
 
 from asyncckpt.errors import RestoreError, StepNotFoundError
 from asyncckpt.files import File
 from asyncckpt.integrations.accelerate_data import places, set_places, track
-from asyncckpt.integrations.accelerate_weights import download, is_url, to_url
+from asyncckpt.integrations.accelerate_weights import download, is_url, load_checkpoint_in_model, to_url
 from asyncckpt.integrations.capture import Captured, capture
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.policy import KeepPolicy
 from asyncckpt.storage import Storage, open_storage
 
+__all__ = ["SavedState", "attach", "load_checkpoint_in_model"]
 _NUMBERED = re.compile(r"(?:checkpoint_)?(0|[1-9][0-9]*)")
 _RANDOM_STATES = re.compile(r"random_states_(\d+)\.pkl")
 _OF_ONE_RANK = re.compile(r"(?:random_states_|asyncckpt_dataloaders_|.*_rank)(\d+)\.(?:pkl|bin)")
@@ -197,6 +198,7 @@ class _Attached:
             saved_ranks = sum(_RANDOM_STATES.fullmatch(name) is not None for name in names)
             self._on_all_ranks(partial(self._lay_out, scratch, saved_ranks))
             self._load_state(scratch.folder, load_kwargs, **kwargs)
+            self._reload_scaler(scratch.folder)
             if (saved := scratch.read_places(self._rank)) is not None:
                 set_places(self._accelerator._dataloaders, saved, only_epochs=saved_ranks != self._num_ranks)
         if number is not None:
@@ -249,6 +251,11 @@ class _Attached:
                     "loaded. Take another checkpoint, or delete the file if other random numbers do no harm.",
                     rank=self._rank,
                 ) from exc
+
+    def _reload_scaler(self, folder: str) -> None:
+        """FSDP2's optimizers take a step to be loaded, which the scaler that was loaded before has counted."""
+        if self._accelerator.scaler is not None and self._accelerator.is_fsdp2:
+            self._accelerator.scaler.load_state_dict(torch.load(os.path.join(folder, SCALER_NAME)))
 
     @contextmanager
     def _scratch(self) -> Iterator[_Scratch]:

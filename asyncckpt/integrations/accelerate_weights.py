@@ -23,7 +23,7 @@ from asyncckpt.storage import Storage, open_storage
 from stagers import BlockingAsyncStager
 
 PIECE_BYTES = 64 * 1024 * 1024
-_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5,}-of-\d{5,})?\.(safetensors|bin)|\S+\.index\.json")
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5,}-of-\d{5,})?\.(safetensors|bin)|[^\s/]+\.index\.json")
 
 
 def is_url(path: Any) -> bool:
