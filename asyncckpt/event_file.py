@@ -68,6 +68,7 @@ class EventFile:
         self._started_s = time.time()
         self._lock = threading.Lock()
         self._file: LineFile | _Parts | None = None
+        self._has_told = False
         _end_at_exit(self)
 
     def __repr__(self) -> str:
@@ -75,10 +76,16 @@ class EventFile:
 
     def __call__(self, event: Event) -> None:
         line = self._line(event)
-        with self._lock:
-            if self._file is None:
-                self._file = self._open(event)
-        self._file.add(line)
+        try:
+            with self._lock:
+                if self._file is None:
+                    self._file = self._open(event)
+            self._file.add(line)
+            self._has_told = False
+        except OSError as exc:
+            if not self._has_told:
+                logger.warning("events are not written to %s: %s", self._storage.url, exc)
+            self._has_told = True
 
     def flush(self) -> None:
         """Write what is not yet written, and wait for it. OSError if storage refuses."""

@@ -19,7 +19,7 @@ from typing import Literal
 
 from asyncckpt import events
 from asyncckpt.errors import CheckpointError
-from asyncckpt.event_file import EventLog, Started, log_files, read_logs
+from asyncckpt.event_file import FOLDER, EventLog, Started, log_files, read_logs
 from asyncckpt.events import Event
 from asyncckpt.lookup import saved_in
 from asyncckpt.overview import Glance, list_run, look
@@ -138,16 +138,16 @@ class Finding:
 
 def look_at(
     storage: Storage,
-    event_storages: Sequence[Storage],
+    others: Sequence[Storage] = (),
     *,
     now_s: float,
     tell: Callable[[int], None] = lambda num_bytes: None,
 ) -> Report:
-    """What there is under a run's URL, and in the events under others. OSError where storage cannot be read.
+    """What there is under a run's URL. OSError where storage cannot be read.
 
-    event_storages: the run's own among them, unless its events are to be left out. now_s: `time.time()`.
+    others: where more event files are. now_s: `time.time()`. tell: see verify.find_damage; of event files alone.
     """
-    logs, left_out = _logs(event_storages, tell)
+    logs, left_out = _logs(storage, others, tell)
     logs.sort(key=lambda log: (log.rank, log.name))
     run = list_run(storage)  # after the events: a save that they tell of and that is not listed is gone
     steps = list(look(run, run.steps).values())
@@ -171,11 +171,10 @@ def look_at(
     )  # fmt: skip
 
 
-def _logs(storages: Sequence[Storage], tell: Callable[[int], None]) -> tuple[list[EventLog], int]:
+def _logs(run: Storage, others: Sequence[Storage], tell: Callable[[int], None]) -> tuple[list[EventLog], int]:
     """(what was read, how many files were not)"""
     logs, left, left_out = [], MAX_EVENT_BYTES, 0
-    for storage in storages:
-        sizes = storage.list_files()
+    for storage, sizes in ((run, run.list_files(FOLDER)), *((other, other.list_files()) for other in others)):
         chosen = []
         for path in sorted(log_files(sizes), key=lambda path: int(path.rsplit("/", 1)[-1].split("-")[1])):
             left -= sizes[path]

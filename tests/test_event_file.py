@@ -140,6 +140,19 @@ def test_storage_that_refuses_is_told_once_and_tried_again(memory_url: str, capl
     assert [event.step for event in logs_of(memory_url)[0].events[1:]] == [0, 1, 2]
 
 
+def test_a_folder_that_refuses_is_told_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reader's process may lack the permission. Once there is a folder it is written to."""
+    (tmp_path / "events").write_text("in the way")
+    sink = EventFile(str(tmp_path))
+    with caplog.at_level(logging.WARNING, "asyncckpt"):
+        for step in range(3):
+            sink(failed("x", step=step))
+    assert len(caplog.records) == 1
+    (tmp_path / "events").unlink()
+    sink(failed("x", step=3))
+    assert [event.step for event in logs_of(str(tmp_path))[0].events] == [-1, 3]
+
+
 def test_no_secret_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """Not of the URL, of the options, of the environment, nor of a URL in an error."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "env-secret-1")

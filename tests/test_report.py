@@ -37,7 +37,7 @@ def ran(*arguments: str) -> Any:
 
 def report_of(url: pathlib.Path | str, *others: str) -> Report:
     storage = open_storage(str(url))
-    return look_at(storage, [storage, *map(open_storage, others)], now_s=NOW_S)
+    return look_at(storage, list(map(open_storage, others)), now_s=NOW_S)
 
 
 def said(report: Report) -> list[tuple[str, str]]:
