@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from asyncckpt.chunks import Chunk, Numbers, Path
+from asyncckpt.chunks import HUGE, Chunk, Numbers, Path
 from asyncckpt.errors import DamagedStepError, KeyNotFoundError
 from asyncckpt.framing import BLOCK_BYTES
 from asyncckpt.local_file import address_of
@@ -59,7 +59,7 @@ def _saved_of(step: OpenStep, numbers: Numbers) -> list[Saved]:
     keys = step.keys
     kinds = [(shape, _dtype_of(dtype)) for dtype, shape in keys.kinds]
     shapes, dtypes = [shape for shape, _ in kinds], [dtype for _, dtype in kinds]
-    num_bytes = np.array([math.prod(shape) * dtype.itemsize for shape, dtype in kinds] + [0], np.int64)
+    num_bytes = np.array([min(math.prod(shape) * dtype.itemsize, HUGE) for shape, dtype in kinds] + [0], np.int64)
     num_chunks, object_bytes = _extents(step)
     kind, places = keys.kind[numbers], numbers.tolist()
     sizes = np.where(kind < 0, object_bytes[numbers], num_bytes[kind])
@@ -171,6 +171,7 @@ def read_values(
     storage: Storage, step: OpenStep, keys: Sequence[str], safe_globals: Iterable[Any] = ()
 ) -> dict[str, Any]:
     """{key: tensor or object} of known keys, in one go: neighbours come in one read."""
+    _check_stored(storage, step, keys)
     target: dict[str, Any] = {}
     for key in keys:
         saved = step.keys[key]
@@ -278,6 +279,21 @@ def _extents(step: OpenStep) -> tuple[Numbers, Numbers]:
         counts[number] += 1
         sizes[number] += info.length
     return counts, sizes
+
+
+def _check_stored(storage: Storage, step: OpenStep, keys: Sequence[str]) -> None:
+    """That a foreign index, which may say anything, does not make us take more memory for tensors than is stored. Of a
+    step of ours that was checked when it was opened."""
+    if step.manifest is not None:
+        return
+    numbers = np.array([step.keys.number[key] for key in keys], np.int64)
+    _, stored = _extents(step)
+    for saved, num_stored in zip(_saved_of(step, numbers), stored[numbers].tolist(), strict=True):
+        if saved.shape is not None and saved.num_bytes > num_stored:
+            raise DamagedStepError(
+                f"the checkpoint at {join(storage.url, step.folder)} is damaged: {saved.key!r} has {saved.num_bytes} "
+                f"bytes by its shape {saved.shape}, and {num_stored} are stored"
+            )
 
 
 # -- parts of a tensor
@@ -403,6 +419,7 @@ def _read_foreign(storage: Storage, step: OpenStep, key: str, part: Part) -> tor
     """The items that hold some of it, whole."""
     if key in step.lacking:
         raise DamagedStepError(f"the checkpoint at {join(storage.url, step.folder)} is damaged: {step.lacking[key]}")
+    _check_stored(storage, step, [key])
     entry = step.metadata.state_dict_metadata[key]
     assert isinstance(entry, TensorStorageMetadata)
     offsets, sizes = [one[0] for one in part.ranges], [one[-1] - one[0] + 1 for one in part.ranges]

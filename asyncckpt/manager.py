@@ -130,6 +130,7 @@ class CheckpointManager:
         self._load_planner = load_planner
         self._stager = stager or BlockingAsyncStager()
         self._index = RunIndex()
+        self._opened: OpenStep | None = None
         self._is_preempted = False
         self._preempted_at: int | None = None
         self._grace, self._pace = GracePeriod(grace_period), SavePace()
@@ -592,8 +593,7 @@ class CheckpointManager:
 
         Raises StepNotFoundError, DamagedStepError; RestoreError: the step cannot be read.
         """
-        self._check_process()
-        tree: dict[str, Any] = self._restorer().look(step, tree_of)
+        tree: dict[str, Any] = self._look(step, tree_of)
         return tree
 
     def read(
@@ -608,20 +608,25 @@ class CheckpointManager:
         """A value of a step: a tensor, whole however it was sharded, or `index` of it; an object; or the nested dicts
         and lists below `key`, "" for all. Not collective; nothing of the running state is touched.
 
+        The manifest is read once for calls about one step. key: the path in the nested dicts, joined by dots.
         index: as one indexes a tensor: ints, slices (steps above 0), Ellipsis, None, tuples of them. Only the blocks of
         4 MiB are read that hold what is asked for, and they are verified. dtype, device: of the tensors, which are
         converted (only what is floating-point) and moved after they were read; else as saved, on the CPU.
         Raises KeyNotFoundError that names similar keys; StepNotFoundError; DamagedStepError; UnsafeObjectError;
         IndexError, ValueError, TypeError for an index that a tensor of that shape does not take.
         """
+        value = partial(read_value, safe_globals=self._safe_globals, dtype=dtype, device=device)
+        return self._look(step, lambda opened: value(self._storage, opened, key, index))
+
+    def _look(self, step: int, work: Callable[[OpenStep], Any]) -> Any:
+        """The manifest of the step that was looked at last is kept."""
         self._check_process()
 
-        def work(opened: OpenStep) -> Any:
-            return read_value(
-                self._storage, opened, key, index, safe_globals=self._safe_globals, dtype=dtype, device=device
-            )
+        def noted(opened: OpenStep) -> Any:
+            self._opened = opened
+            return work(opened)
 
-        return self._restorer().look(step, work)
+        return self._restorer().look(step, noted, self._opened)
 
     def fetch(
         self, step: int, folder: str | os.PathLike[str], select: Callable[[str], bool] = lambda name: True

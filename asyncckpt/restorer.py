@@ -342,12 +342,15 @@ class Restorer:
         take_restored(state, restoring.target)
         return num_bytes, None
 
-    def look(self, step: int, work: Callable[[OpenStep], T]) -> T:
-        """What `work` makes of a step, opened. Not collective."""
+    def look(self, step: int, work: Callable[[OpenStep], T], opened: OpenStep | None = None) -> T:
+        """What `work` makes of a step. Not collective. opened: the step that was looked at last."""
         self._check_known(step)
+        sequence = self.index.sequence_of(step) or 0
+        if opened is not None and (opened.folder, opened.sequence) != (str(step), sequence):
+            opened = None
         try:
             with self._reading(step):
-                return look(self.storage, str(step), work)
+                return look(self.storage, str(step), work, opened)
         except CheckpointError as exc:
             located(exc, step, self.url, self.ranks.rank)
             raise

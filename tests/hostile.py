@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from asyncckpt import CheckpointError, CheckpointManager, KeepBest, ShardReader
+from asyncckpt import CheckpointError, CheckpointManager, KeepBest, ShardReader, open_checkpoint
 from asyncckpt.chunks import Chunk, ChunkTable, Key
 from asyncckpt.commit import make_manifest, mend_step
 from asyncckpt.framing import crc32
@@ -115,6 +115,13 @@ def ways_in(root: Path, step: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "load_planner", managed(lambda manager: manager.restore(step, target()), load_planner=DefaultLoadPlanner())
     yield "ShardReader", load
     yield "fetch", managed(lambda manager: (manager.files(step), manager.fetch(step, root.parent / "fetched")))
+    yield "tree", managed(lambda manager: manager.tree(step))
+    yield "read", managed(lambda manager: manager.read(step))
+    yield (
+        "read rows",
+        managed(lambda manager: [manager.read(step, key, (-1, slice(0, 3, 2))) for key in ("w", "t", "big")]),
+    )
+    yield "open_checkpoint", lambda: open_checkpoint(str(root / str(step))).read("big", slice(0, 1))
     yield "mend", lambda: mend_step(open_storage(url), str(step), None)
     # The last ones: they change it.
     yield "retention", managed(save_beside, max_to_keep=1, keep=KeepBest(1, metric="loss"))

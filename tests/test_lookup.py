@@ -478,8 +478,13 @@ def test_a_tensor_costs_its_bytes_and_the_manifest(tmp_path: pathlib.Path) -> No
         manager.save(1, state)
         manager._storage = storage = Counting(str(tmp_path))
         assert_equal(manager.read(1, "w7"), state["w7"])
-    assert storage.take_bytes() == 2_000_000
-    assert [storage.count(verb) for verb in ("list_files", "read_file", "read_into")] == [1, 1, 1]
+        assert storage.take_bytes() == 2_000_000
+        assert [storage.count(verb) for verb in ("list_files", "read_file", "read_into")] == [1, 1, 1]
+        assert_equal(manager.read(1, "w8", 3), state["w8"][3])
+        assert [storage.count(verb) for verb in ("list_files", "read_file", "read_into")] == [1, 1, 2]
+        manager.save(1, state | {"w8": torch.zeros(3)}, force=True)
+        manager.join()
+        assert manager.read(1, "w8").tolist() == [0, 0, 0]  # of the save that is the step now
 
 
 def test_from_s3_a_slice_costs_its_blocks(s3_url: str, s3_options: dict[str, Any]) -> None:
