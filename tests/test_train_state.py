@@ -3,7 +3,11 @@
 import copy
 import io
 import random
+import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +46,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata
 ]
+
+
+ROOT = Path(__file__).parents[1]
 
 
 # -- ways for a state to travel: each takes it at once, and returns how to load it into a fresh TrainState
@@ -269,10 +276,32 @@ def stateful_worker_loader():
     return StatefulDataLoader(Quiet(), batch_size=4, shuffle=True, num_workers=2)
 
 
-@pytest.mark.parametrize("make_loader", [worker_loader, stateful_worker_loader])
+def seldom_snapshot_loader():
+    """Its workers' state is taken at every fourth batch: cheaper, and batches from there on are drawn again."""
+    return StatefulDataLoader(Noisy(), batch_size=4, shuffle=True, snapshot_every_n_steps=4)
+
+
+@pytest.mark.parametrize("make_loader", [worker_loader, stateful_worker_loader, seldom_snapshot_loader])
 def test_loaders_with_workers_go_on_where_they_stood(make_loader, tmp_path):
     """A plain loader exactly, with what its workers draw at random; a stateful one in its order."""
     assert_resumes_exactly(through_a_file, tmp_path, 9, 13, make_loader=make_loader)
+
+
+@pytest.mark.slow
+def test_a_stateful_loader_killed_with_its_workers_goes_on_with_the_next_sample(tmp_path):
+    """SIGKILL of the process, in the first epoch and in the second, with a snapshot at every fourth batch alone."""
+
+    def run(name, *kill_at):
+        command = [sys.executable, "-m", "tests.loader_script", tmp_path / name, tmp_path / f"{name}.txt", *kill_at]
+        return subprocess.run(command, cwd=ROOT, timeout=300).returncode
+
+    assert run("whole") == 0
+    assert run("killed", "6") == -signal.SIGKILL
+    assert run("killed", "21") == -signal.SIGKILL
+    assert run("killed") == 0
+    whole, killed = ((tmp_path / f"{name}.txt").read_text().splitlines() for name in ("whole", "killed"))
+    assert dict(line.split(" ", 1) for line in killed) == dict(line.split(" ", 1) for line in whole)
+    assert len(whole) == 28
 
 
 def samples(run, until):
