@@ -34,6 +34,7 @@ from transformers.utils import CONFIG_NAME, is_sagemaker_mp_enabled
 
 from asyncckpt.errors import DamagedStepError, RestoreError, StepNotFoundError
 from asyncckpt.fetch import fetch_files
+from asyncckpt.files import File
 from asyncckpt.integrations.accelerate_weights import download, is_url, to_url
 from asyncckpt.integrations.capture import capture
 from asyncckpt.manager import CheckpointManager
@@ -92,7 +93,9 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
         super().__init__(model, args, *rest, **kwargs)
         self.add_callback(_SaveOnSigterm(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         if self.is_deepspeed_enabled or is_sagemaker_mp_enabled():
             raise ValueError(
                 "DeepSpeed and SageMaker write checkpoints by themselves, so asyncckpt cannot make these asynchronous "
@@ -139,7 +142,7 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
                 self._place_best()
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
-                files = captured.files()
+                files = self._of_this_rank(captured.files())
             # What SIGTERM asks for is due, and may be skipped if there is no time for it (grace_period).
             force = not self.checkpoints.should_save(step)
             if self.checkpoints.save_async(step, {}, force, files=files, metrics=self._metrics(step)):
@@ -190,8 +193,10 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
 
     # -- resuming
 
-    def _fetched(self, resume: str | bool | None) -> str | bool | None:
+    def _fetched(self, resume: str | os.PathLike[str] | bool | None) -> str | bool | None:
         """What Trainer is to resume from: a local folder that it understands."""
+        if isinstance(resume, os.PathLike):
+            resume = os.fspath(resume)
         if not resume or (isinstance(resume, str) and os.path.isfile(os.path.join(resume, TRAINER_STATE_NAME))):
             return resume
         run, step = self._url, None
@@ -277,6 +282,13 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
                     f"rank {rank} could not fetch a checkpoint: {text}", url=self.checkpoints.url, rank=rank
                 )
         return [result for result, _ in told]
+
+    def _of_this_rank(self, files: dict[str, File | bytes]) -> dict[str, File | bytes]:
+        """Without those that a lower rank gives, too: hooks of users may write the same on all ranks."""
+        if self.args.world_size == 1:
+            return files
+        given = set().union(*gather_object([list(files)])[: self.args.process_index])
+        return {name: file for name, file in files.items() if name not in given}
 
     @contextmanager
     def _scratch(self) -> Iterator[None]:

@@ -104,13 +104,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole: dict[str, Any], tmp_p
     assert trainer.seen[0][0] == 7
 
 
-@pytest.mark.parametrize("name", ["checkpoint-6", "6", "6/"])
+@pytest.mark.parametrize("name", ["checkpoint-6", "6/", pathlib.Path("6")])
 def test_one_checkpoint_is_resumed_from_by_its_url(
-    whole: dict[str, Any], saved: str, tmp_path: pathlib.Path, name: str
+    whole: dict[str, Any], saved: str, tmp_path: pathlib.Path, name: str | pathlib.Path
 ) -> None:
     """Of this run or of another; with Trainer's name or with ours."""
     trainer = make(str(tmp_path / "run"), tmp_path / "output")
-    trainer.train(resume_from_checkpoint=f"{saved}/{name}")
+    trainer.train(resume_from_checkpoint=f"{saved}/{name}" if isinstance(name, str) else saved / name)
     assert_goes_on(outcome(trainer), whole, 6)
 
 
@@ -288,6 +288,18 @@ def test_the_model_is_saved_to_a_url_and_read_from_it(
         model = from_pretrained(GPT2LMHeadModel, url)
         assert bits(model.state_dict()) == bits(trainer.model.state_dict())
     assert {path.name for path in tmp_path.iterdir()} <= {"folder", "trainer_output"}
+
+
+def test_a_model_that_is_saved_beside_checkpoints_takes_nothing_from_them(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, memory_url: str
+) -> None:
+    """It replaces an older model there, and only that."""
+    monkeypatch.chdir(tmp_path)
+    with CheckpointManager(memory_url) as manager:
+        names = ("model.safetensors.index.json", "model-00001-of-00001.safetensors")
+        manager.save(0, {}, files=dict.fromkeys(names, b"{}"))
+        AsyncTrainer(tiny_model(), arguments(memory_url), train_dataset=samples()).save_model()
+        manager.verify(0)
 
 
 def test_a_model_that_is_not_there_is_an_error_that_says_where(tmp_path: pathlib.Path, saved: str) -> None:
