@@ -2,7 +2,8 @@
 
 All files are read in pieces, some at a time, into a few buffers. Only a file that differs is looked at once more, to
 tell which of its items are hit. What is in the folder besides what the manifest names (the data of a save that died)
-is not looked at: nothing reads it, and the next commit removes it. Called by restorer.py and cli/verify.py.
+is not looked at: nothing reads it, and the next commit removes it. Called by restorer.py, fetch.py
+and cli/verify.py.
 """
 
 from __future__ import annotations
