@@ -47,7 +47,7 @@ General layout, in the order in which a save passes through it (each module impo
     dcp_log                           what happened, in DCP's own log
     event_file, trace                 what happened, as lines beside the run; as a timeline
     overview, outline                 a run's steps at a glance, for people; a step's keys
-    pruning, copying                  steps deleted by hand; copied, verified
+    pruning, copying, differing       steps deleted by hand; copied, verified; compared
     report, report_page               what is known of a run, and whether it is in order; as a page
     testing                           what every storage must do, for our tests and yours
     cli, __main__                     the command

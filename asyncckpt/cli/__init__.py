@@ -13,9 +13,9 @@ except ImportError as exc:
     print(f"the command asyncckpt needs one more package ({exc.name}): pip install 'asyncckpt[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from asyncckpt.cli import app, copy, formats, ls, prune, report, show, verify
+from asyncckpt.cli import app, copy, diff, formats, ls, prune, report, show, verify, watch
 
-__all__ = ["app", "copy", "formats", "ls", "main", "prune", "report", "show", "verify"]
+__all__ = ["app", "copy", "diff", "formats", "ls", "main", "prune", "report", "show", "verify", "watch"]
 
 
 def main() -> None:
