@@ -307,7 +307,7 @@ def _kept_for(steps: Sequence[Glance], policy: str, now_s: float) -> dict[int, l
     a step; the newest is kept in any case. Empty: nothing is known of a policy."""
     policies = _policies(policy)
     committed = [
-        CommittedStep(step.step, step.sequence, step.head.time_s, step.head.metrics)
+        CommittedStep(step.step, step.sequence, step.head.time_s, metrics_of(step))
         for step in steps
         if step.head is not None
     ]
@@ -481,6 +481,12 @@ def _of_sources(report: Report) -> Iterator[Finding]:
 def _usual_gap_s(report: Report) -> float:
     times = [save.time_s for save in report.saves]
     return statistics.median(b - a for a, b in pairwise(times)) if len(times) > 2 else math.inf
+
+
+def metrics_of(step: Glance) -> dict[str, float]:
+    """Those that can be drawn: JSON knows whole numbers that no float holds."""
+    known = {} if step.head is None else step.head.metrics
+    return {name: float(value) for name, value in known.items() if value == 0 or 1e-300 < abs(value) < 1e300}
 
 
 def known_sum(values: Iterable[float]) -> float:

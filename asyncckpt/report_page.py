@@ -19,11 +19,12 @@ from importlib import resources
 from typing import NamedTuple
 
 from asyncckpt.overview import Glance
-from asyncckpt.report import Fault, Finding, Report, Save, Subtree, findings, in_words
+from asyncckpt.report import Fault, Finding, Report, Save, Subtree, findings, in_words, metrics_of
 from asyncckpt.version import __version__
 
 MAX_MARKS = 240  # of a chart that is some 500 pixels wide
-MAX_ROWS = 100  # of a table
+MAX_ROWS = 100  # of the table of steps
+MAX_FAULTS = 40  # an error takes some lines
 MAX_METRICS = 4  # that get a chart
 _MAX_TEXT = 600
 _WORDS = {"bad": "Problem", "look": "Look at", "note": "Note"}
@@ -50,7 +51,7 @@ class Axis(NamedTuple):
     def at(self, value: float) -> float:
         """0 to 1."""
         if self.is_log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
         return (value - self.low) / (self.high - self.low)
 
 
@@ -227,7 +228,7 @@ def _progress(report: Report) -> str:
     ]  # fmt: skip
     points += [
         Point(at(fault.time_s), fault.step, f"step {fault.step} failed at {utc(fault.time_s)}", "failed")
-        for fault in failed[-MAX_ROWS:]
+        for fault in failed
     ]
     axis = _axis([point.y for point in points], lambda step: f"{step:,.0f}", is_log=False, from_zero=False)
     labels = [(part, _clock(begin + part * (end - begin), end - begin)) for part in (0, 1 / 3, 2 / 3, 1)]
@@ -240,19 +241,17 @@ def _progress(report: Report) -> str:
 
 
 def _metrics(report: Report) -> list[str]:
-    steps = [step for step in report.committed if step.head is not None]
-    names = list(dict.fromkeys(name for step in steps if step.head for name in step.head.metrics))[:MAX_METRICS]
+    values = [(step, metrics_of(step)) for step in report.committed]
     charts = []
-    for name in names:
-        known = [(step, step.head.metrics[name]) for step in steps if step.head and name in step.head.metrics]
+    for name in list(dict.fromkeys(name for _, metrics in values for name in metrics))[:MAX_METRICS]:
+        known = [(step, metrics[name]) for step, metrics in values if name in metrics]
         points = [
             Point(x, value, f"step {step.step}: {value:.6g}")
             for x, (step, value) in zip(_places(len(known)), known, strict=True)
         ]
         axis = _axis([point.y for point in points], lambda value: f"{value:.3g}", is_log=True, from_zero=False)
-        charts.append(
-            _chart(name, "metric of the steps that are kept", points, axis, _step_labels([s for s, _ in known]))
-        )
+        labels = _step_labels([step for step, _ in known])
+        charts.append(_chart(_cut(name, 80), "metric of the steps that are kept", points, axis, labels))
     return charts
 
 
@@ -287,13 +286,12 @@ def _under(labels: Sequence[tuple[float, str]]) -> str:
 
 
 def _bunches(points: Sequence[Point]) -> list[list[Point]]:
-    """Neighbours of one style put together, so that a chart has no more marks than can be told apart. Failures stay."""
+    """Neighbours of one style put together, so that a chart has no more marks than can be told apart."""
     if len(points) <= MAX_MARKS:
         return [[point] for point in points]
-    bunches: dict[tuple[int, str, int], list[Point]] = {}
-    for number, point in enumerate(points):
-        alone = number if point.style == "failed" else -1
-        bunches.setdefault((int(point.x * MAX_MARKS / 1001), point.style, alone), []).append(point)
+    bunches: dict[tuple[int, str], list[Point]] = {}
+    for point in points:
+        bunches.setdefault((int(point.x * MAX_MARKS / 1001), point.style), []).append(point)
     return list(bunches.values())
 
 
@@ -309,23 +307,25 @@ def _mark(bunch: Sequence[Point], axis: Axis) -> str:
 
 def _axis(values: Sequence[float], show: Callable[[float], str], *, is_log: bool, from_zero: bool = True) -> Axis:
     low, high = min(values), max(values)
-    if is_log and low > 0 and high / low > 20:
+    is_log = is_log and low > 1e-300 and high / 20 > low
+    if is_log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        texts = [10.0**power for power in range(first, last + 1)]
-        axis = Axis(texts[0], texts[-1], True, [])
+        every = -(-(last - first) // 5)  # powers of ten between two texts, of which there is room for six
+        ticks = [10.0**power for power in range(first, last + every, every)]
     else:
         low = min(0.0, low) if from_zero else low
-        unit = _round_unit((high - low) / 3 or abs(high) or 1.0)
+        # not finer than a float is
+        unit = _round_unit(max(high / 3 - low / 3, abs(high) * 1e-9, abs(low) * 1e-9, 1e-300))
         first, last = math.floor(low / unit), max(math.ceil(high / unit), math.floor(low / unit) + 1)
-        texts = [number * unit for number in range(first, last + 1)]
-        axis = Axis(texts[0], texts[-1], False, [])
-    return axis._replace(texts=[(axis.at(value), show(value)) for value in texts])
+        ticks = [number * unit for number in range(first, last + 1)]
+    axis = Axis(ticks[0], ticks[-1], is_log, [])
+    return axis._replace(texts=[(axis.at(value), show(value)) for value in ticks])
 
 
 def _round_unit(least: float) -> float:
     """1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(least))
-    return next(unit * power for unit in (1, 2, 5, 10) if unit * power >= least * 0.999)
+    return next((unit * power for unit in (1, 2, 5) if unit * power >= least * 0.999), 10 * power)
 
 
 def _y(place: float) -> str:
@@ -365,9 +365,9 @@ def _faults(report: Report) -> str:
     if not report.faults:
         none = "None that the events tell of." if report.has_events else "None in storage; of others only events tell."
         return f"<h2>Faults</h2><p>{none}</p>"
-    shown = report.faults[-MAX_ROWS:]
+    shown = report.faults[-MAX_FAULTS:]
     rows = "".join(_fault_row(fault) for fault in reversed(shown))
-    left = f", the last {MAX_ROWS} of them" if len(shown) < len(report.faults) else ""
+    left = f", the last {MAX_FAULTS} of them" if len(shown) < len(report.faults) else ""
     return (
         f'<h2>Faults</h2><p class="soft">{len(report.faults):,} in all{left}.</p>'
         '<div class="scroll"><table class="sorted faults">'
@@ -470,7 +470,7 @@ def _table(report: Report) -> str:
     if not steps:
         return ""
     saves = {(save.step, save.sequence): save for save in report.saves}
-    metrics = list(dict.fromkeys(name for step in steps if step.head for name in step.head.metrics))[:8]
+    metrics = list(dict.fromkeys(name for step in steps for name in metrics_of(step)))[:8]
     heads = [
         "step",
         "state",
@@ -504,7 +504,7 @@ def _step_row(report: Report, step: Glance, save: Save | None, metrics: Sequence
     times = (save.cost_s, save.durable_s) if save is not None else (math.nan, math.nan)
     cells += [_cell("" if math.isnan(value) else seconds(value), value) for value in times]
     for name in metrics:
-        value = head.metrics.get(name, math.nan) if head else math.nan
+        value = metrics_of(step).get(name, math.nan)
         cells.append(_cell("" if math.isnan(value) else f"{value:.6g}", value))
     cells.append(f"<td class='what'>{_e(', '.join(report.kept_for.get(step.step, [])))}</td>")
     return f"<tr>{''.join(cells)}</tr>"

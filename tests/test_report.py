@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from asyncckpt import CheckpointManager, Event, KeepBest, KeepEvery, KeepLast, WriteError, cli, events
 from asyncckpt.event_file import EventFile
 from asyncckpt.manifest import decode_manifest, encode_manifest
 from asyncckpt.report import MAX_EVENT_BYTES, Report, findings, look_at
-from asyncckpt.report_page import num_bytes, page, seconds
+from asyncckpt.report_page import _axis, num_bytes, page, seconds
 from asyncckpt.steps import attempt_name, manifest_name
 from asyncckpt.storage import open_storage
 from asyncckpt.testing import FaultyStorage
@@ -144,8 +146,8 @@ def test_events_of_elsewhere_can_be_given(tmp_path: pathlib.Path) -> None:
     with CheckpointManager(str(tmp_path / "run"), events=[EventFile(str(tmp_path / "other"))]) as manager:
         manager.save(1, state(1))
     assert not report_of(tmp_path / "run").has_events
-    for given in ("other", "other/events"):
-        assert report_of(tmp_path / "run", str(tmp_path / given)).saves[0].durable_s > 0
+    for other in ("other", "other/events"):
+        assert report_of(tmp_path / "run", str(tmp_path / other)).saves[0].durable_s > 0
 
 
 def test_a_run_that_is_in_order_has_no_findings(tmp_path: pathlib.Path) -> None:
@@ -238,7 +240,12 @@ def hostile_run(path: pathlib.Path) -> None:
     text = HOSTILE.replace("/", "").replace("\ud800", "")
     run = path / text
     with CheckpointManager(str(run), events=[EventFile(str(run))]) as manager:
-        manager.save(1, {text: {HOSTILE[:-1]: torch.zeros(9)}}, metrics={text: 1.0}, metadata={text: text})
+        manager.save(
+            1,
+            {text: {HOSTILE[:-1]: torch.zeros(9)}},
+            metrics={text: 1.0, "huge": 1e308, "tiny": 1e-320},
+            metadata={text: text},
+        )
     sink = EventFile(str(run))
     common = {"url": text, "step": 1, "rank": 0, "time_s": 1e9}
     sink(events.Failed(**common, phase=HOSTILE, error=OSError(HOSTILE)))
@@ -337,6 +344,20 @@ def test_times_are_short(value: float, text: str) -> None:
 def test_sizes_are_short(value: float, text: str) -> None:
     """Decimal units, as the command line has them."""
     assert num_bytes(value) == text
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+@given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=4))
+@example([0.0])
+@example([1e15, 1e15 + 1])
+@example([1e-299, 1e299])
+@example([-1e300, 1e300])
+def test_an_axis_holds_its_values_with_few_texts(is_log: bool, values: list[float]) -> None:
+    """Whatever a metric may be."""
+    axis = _axis(values, str, is_log=is_log, from_zero=False)
+    assert all(-1e-6 <= axis.at(value) <= 1 + 1e-6 for value in values)
+    assert 2 <= len(axis.texts) <= 8
+    assert [place for place, _ in axis.texts] == sorted({place for place, _ in axis.texts})
 
 
 # -- in a browser
