@@ -70,6 +70,7 @@ from asyncckpt.errors import (
     UnsafeObjectError,
     WriteError,
 )
+from asyncckpt.event_file import EventFile
 from asyncckpt.events import (
     Committed,
     Delayed,
@@ -84,6 +85,7 @@ from asyncckpt.events import (
     Written,
     log_events,
 )
+from asyncckpt.files import BytesFile, File
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.per_rank import PerRank
 from asyncckpt.policy import (
@@ -100,6 +102,7 @@ from asyncckpt.policy import (
     SavePolicy,
 )
 from asyncckpt.prime import prime_optimizer
+from asyncckpt.trace import TraceFile
 from asyncckpt.train_state import TrainState
 from asyncckpt.verify import VerifyReport
 from asyncckpt.version import __version__
@@ -110,6 +113,8 @@ __all__ = [
     "Checkpoint",
     "TrainState",
     "PerRank",
+    "File",
+    "BytesFile",
     "prime_optimizer",
     "ShardWriter",
     "ShardReader",
@@ -147,5 +152,7 @@ __all__ = [
     "Skipped",
     "Unguarded",
     "log_events",
+    "EventFile",
+    "TraceFile",
     "__version__",
 ]
