@@ -339,7 +339,7 @@ class Restorer:
             raise
         if num_bytes is None:  # its error comes with the agreement
             return 0, None
-        take_restored(state, restoring.target)
+        take_restored(state, restoring.target, self.selection)
         return num_bytes, None
 
     def look(self, step: int, work: Callable[[OpenStep], T], opened: OpenStep | None = None) -> T:

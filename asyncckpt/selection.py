@@ -31,6 +31,8 @@ class Selection:
     @classmethod
     def of(cls, keys: KeyFilter | None, allow_missing: bool | KeyFilter) -> Selection:
         """ValueError, TypeError: neither patterns nor a function."""
+        if keys is None and allow_missing is False:
+            return EVERYTHING
         patterns = [keys] if isinstance(keys, str) else [] if keys is None or callable(keys) else list(keys)
         takes = None if keys is None else keys if callable(keys) else matcher(patterns)
         if isinstance(allow_missing, bool):

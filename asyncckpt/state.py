@@ -65,10 +65,10 @@ def num_bytes_of(state: State, files: Mapping[str, File | bytes] | None, rank: i
         return None
 
 
-def take_restored(state: State, target: StateDict) -> None:
+def take_restored(state: State, target: StateDict, selection: Selection = EVERYTHING) -> None:
     """Hand what was read to the objects of `state`, and to its own dict where values were replaced."""
     if isinstance(state, TrainState):
-        state.load_parts(target)
+        _load(state, target, selection)
         return
     assert isinstance(state, dict)
     loaded = dict(target)
@@ -76,12 +76,19 @@ def take_restored(state: State, target: StateDict) -> None:
         if not _is_stateful(value):
             continue
         loaded[key] = value
-        if isinstance(value, TrainState):
-            value.load_parts(target.get(key, {}))
+        if isinstance(value, TrainState) and key in target:
+            _load(value, target[key], selection)
         elif key in target:
             with uncast(value) if isinstance(value, Optimizer) else nullcontext():
                 value.load_state_dict(target[key])
     collect_per_rank(state, loaded)
+
+
+def _load(state: TrainState, target: StateDict, selection: Selection) -> None:
+    if selection.takes is None:
+        state.load_state_dict(target)
+    else:
+        state.load_parts(target)
 
 
 def _state_dict(value: Any) -> Any:
