@@ -19,14 +19,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME, DistributedType, gather_object, load
 
-from asyncckpt.errors import RestoreError, StepNotFoundError
+from asyncckpt.arguments import check_step
+from asyncckpt.errors import CheckpointError, RestoreError, SaveError, StepNotFoundError
 from asyncckpt.files import File
 from asyncckpt.integrations.accelerate_data import places, set_places, track
 from asyncckpt.integrations.accelerate_weights import download, is_url, load_checkpoint_in_model, to_url
@@ -36,7 +37,9 @@ from asyncckpt.policy import KeepPolicy
 from asyncckpt.storage import Storage, open_storage
 
 __all__ = ["SavedState", "attach", "load_checkpoint_in_model"]
+T = TypeVar("T")
 _NUMBERED = re.compile(r"(?:checkpoint_)?(0|[1-9][0-9]*)")
+_PLAIN_NUMBERED = re.compile(r"checkpoint_(0|[1-9][0-9]*)/random_states_0\.pkl")
 _RANDOM_STATES = re.compile(r"random_states_(\d+)\.pkl")
 _OF_ONE_RANK = re.compile(r"(?:random_states_|asyncckpt_dataloaders_|.*_rank)(\d+)\.(?:pkl|bin)")
 _LOADER_STATE = re.compile(r"(dl_state_dict(?:_\d+)?)(?:_rank\d+)?\.bin")
@@ -141,37 +144,48 @@ class _Attached:
     ) -> SavedState:
         if output_dir is not None and step is not None:
             raise ValueError(f"save_state got output_dir={os.fspath(output_dir)!r} and step={step}: give one of them")
-        if output_dir is None:
-            base, number = f"{self._root}/checkpoints", self._next_number() if step is None else step
-        else:
-            base, number = self._place(output_dir)
-        manager, step = self._manager_at(base), number or 0
+        number = self._next_number() if step is None else step
+        check_step(number)
+        base, named = self._place(output_dir if output_dir is not None else f"{self._root}/checkpoints/{number}")
+        manager, step = self._manager_at(base), named or 0
         with TemporaryDirectory(prefix="asyncckpt-") as scratch:
             files = self._files(os.path.join(scratch, f"checkpoint_{step}"), safe_serialization, kwargs)
         save = manager.save if block else manager.save_async
         save(step, {}, force=True, files=files)
         if manager is self._manager:
             self._config.iteration = step + 1
-        return SavedState.of(base if number is None else f"{base}/checkpoint_{number}", manager)
+        return SavedState.of(base if named is None else f"{base}/checkpoint_{named}", manager)
 
     def _next_number(self) -> int:
         """After all that are known, so that none is replaced."""
-        return max([self._config.iteration, *(step + 1 for step in self._manager.all_steps()[-1:])])
+        latest = self._manager.latest_step()
+        return max(int(self._config.iteration), 0 if latest is None else latest + 1)
 
     def _files(self, folder: str, safe_serialization: bool, kwargs: Mapping[str, Any]) -> dict[str, File | bytes]:
         """What Accelerate would write into `folder`, this rank's part."""
-        os.makedirs(folder)
-        writes_itself = self._accelerator.distributed_type in _WRITE_THEMSELVES
-        with nullcontext(Captured(folder)) if writes_itself else capture(folder) as captured:
-            with self._plain_naming():
+        files: dict[str, File | bytes] = {}
+
+        def take() -> list[str]:
+            with self._plain_naming(), self._captured(folder) as captured:
                 self._save_state(folder, safe_serialization, **kwargs)
-            torch.save(places(self._accelerator._dataloaders), f"{folder}/asyncckpt_dataloaders_{self._rank}.bin")
-            files = {_name_on(self._rank, name): file for name, file in captured.files().items()}
-        if self._num_ranks == 1:
-            return files
+                torch.save(places(self._accelerator._dataloaders), f"{folder}/asyncckpt_dataloaders_{self._rank}.bin")
+            files.update((_name_on(self._rank, name), file) for name, file in captured.files().items())
+            return list(files)
+
+        names = self._on_all_ranks(take, SaveError)
         # What several ranks write is the same (scaler.pt), or meant for one of them: the lowest one's is kept.
-        taken = set().union(*gather_object([list(files)])[: self._rank])
+        taken = set().union(*names[: self._rank])
         return {name: file for name, file in files.items() if name not in taken}
+
+    @contextmanager
+    def _captured(self, folder: str) -> Iterator[Captured]:
+        """DeepSpeed and Megatron read what they wrote, and write in ways of their own: they do so really."""
+        os.makedirs(folder)
+        if self._accelerator.distributed_type in _WRITE_THEMSELVES:
+            yield Captured(folder)
+        else:
+            with capture(folder) as captured:
+                yield captured
 
     @contextmanager
     def _plain_naming(self) -> Iterator[None]:
@@ -195,6 +209,7 @@ class _Attached:
             manager.join()
         with self._scratch() as scratch:
             number, names = self._fetch(input_dir, scratch)
+            self._accelerator.wait_for_everyone()  # what is shared is there
             saved_ranks = sum(_RANDOM_STATES.fullmatch(name) is not None for name in names)
             self._on_all_ranks(partial(self._lay_out, scratch, saved_ranks))
             self._load_state(scratch.folder, load_kwargs, **kwargs)
@@ -208,24 +223,33 @@ class _Attached:
         """The number, if it is a checkpoint of this run, and the names of its files: those of all ranks."""
         if input_dir is None:
             number = self._manager.fetch_latest(scratch.shared, scratch.wants)
-            if number is None:
-                raise StepNotFoundError(
-                    f"there is no checkpoint at {self._manager.url}. Nothing was loaded. Save one first, or name one.",
-                    url=self._manager.url,
-                )
-            return number, self._manager.files(number)
+            if number is not None:
+                return number, self._manager.files(number)
+            input_dir = self._newest_plain()
         base, number = self._place(input_dir)
         if (storage := self._plain(input_dir, base, number)) is not None:
             self._on_all_ranks(partial(download, storage, scratch.shared, scratch.wants))
-            return None, storage.list_files()
+            return number if base == f"{self._root}/checkpoints" else None, storage.list_files()
         manager = self._manager_at(base)
         step = number if number is not None else manager.latest_step() or 0
         self._on_all_ranks(partial(manager.fetch, step, scratch.shared, scratch.wants))
         return number if manager is self._manager else None, manager.files(step)
 
+    def _newest_plain(self) -> str:
+        """Of those that plain Accelerate saved before, by number."""
+        folder = f"{self._root}/checkpoints"
+        names = open_storage(folder, self._options["storage_options"] if is_url(folder) else None).list_files()
+        found = [int(match[1]) for match in map(_PLAIN_NUMBERED.fullmatch, names) if match]
+        if not found:
+            raise StepNotFoundError(
+                f"there is no checkpoint at {self._manager.url}. Nothing was loaded. Save one first, or name one.",
+                known=[], url=self._manager.url,
+            )  # fmt: skip
+        return f"{folder}/checkpoint_{max(found)}"
+
     def _plain(self, given: str | os.PathLike[str], base: str, number: int | None) -> Storage | None:
         """The folder, if plain Accelerate saved to it."""
-        for path in dict.fromkeys([os.path.expanduser(given), base if number is None else f"{base}/{number}"]):
+        for path in (os.path.expanduser(given), base if number is None else f"{base}/checkpoint_{number}"):
             if is_url(path) or os.path.isdir(path):
                 storage = open_storage(path, self._options["storage_options"] if is_url(path) else None)
                 if any(map(_RANDOM_STATES.fullmatch, storage.list_files())):
@@ -305,20 +329,22 @@ class _Attached:
             self._elsewhere_base = base
         return self._elsewhere
 
-    def _on_all_ranks(self, work: Callable[[], None]) -> None:
-        """If `work` fails on one rank, all raise."""
-        failure: Exception | None = None
+    def _on_all_ranks(self, work: Callable[[], T], kind: type[CheckpointError] = RestoreError) -> list[T]:
+        """What `work` gives on each rank. If it fails on one, all raise, the others a `kind`."""
+        if self._num_ranks == 1:
+            return [work()]
+        result, failure = None, None
         try:
-            work()
+            result = work()
         except Exception as exc:
             failure = exc
-        texts = [f"{type(failure).__name__}: {failure}" if failure else ""]
-        told = gather_object(texts) if self._num_ranks > 1 else texts
+        told = gather_object([(result, f"{type(failure).__name__}: {failure}" if failure else "")])
         if failure is not None:
             raise failure
-        for rank, text in enumerate(told):
+        for rank, (_, text) in enumerate(told):
             if text:
-                raise RestoreError(f"rank {rank} could not load a checkpoint: {text}", rank=rank)
+                raise kind(f"rank {rank} failed, so nothing was done here: {text}", url=self._manager.url, rank=rank)
+        return [result for result, _ in told]
 
 
 @dataclass(frozen=True)

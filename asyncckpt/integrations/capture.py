@@ -92,14 +92,13 @@ def _install() -> None:
     with _lock:
         _num_open += 1
         if _num_open == 1:
-            _replace(torch, "save", _capturing_torch_save(torch.save))
-            _replace(dcp, "FileSystemWriter", _capturing_writer(dcp.FileSystemWriter))
+            _wrap(torch, "save", _capturing_torch_save)
+            _wrap(dcp, "FileSystemWriter", _capturing_writer)
             save_file = safetensors.torch.save_file
-            capturing = _capturing_save_file(save_file)
             for module in list(sys.modules.values()):
                 for name in _SAVE_FILE_NAMES:
                     if getattr(module, "__dict__", {}).get(name) is save_file:
-                        _replace(module, name, capturing)
+                        _wrap(module, name, _capturing_save_file)
 
 
 def _uninstall() -> None:
@@ -110,9 +109,10 @@ def _uninstall() -> None:
             _restores.pop()()
 
 
-def _replace(module: Any, name: str, value: Any) -> None:
-    _restores.append(partial(setattr, module, name, getattr(module, name)))
-    setattr(module, name, value)
+def _wrap(module: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = getattr(module, name)
+    _restores.append(partial(setattr, module, name, original))
+    setattr(module, name, wrap(original))
 
 
 def _capturing_torch_save(original: Callable[..., None]) -> Callable[..., None]:

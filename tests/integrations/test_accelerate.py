@@ -288,6 +288,28 @@ def test_what_plain_accelerate_saved_is_loaded(make: Make, memory_url: str) -> N
         accelerator.end_training()
 
 
+def test_a_run_of_plain_accelerate_is_taken_over(make: Make) -> None:
+    """Its newest checkpoint is loaded, the count goes on, and its folders stay."""
+    project = ProjectConfiguration(project_dir="run", automatic_checkpoint_naming=True)
+    plain = make(attached=False, project_config=project)
+    model, optimizer = model_and_optimizer(plain)
+    plain.save_state()
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    plain.save_state()
+    saved = of(model, optimizer)
+    accelerator = make(project_config=ProjectConfiguration(project_dir="run", total_limit=1))
+    model, optimizer = model_and_optimizer(accelerator, seed=1)
+    accelerator.load_state()
+    assert of(model, optimizer) == saved
+    assert accelerator.save_state(block=True).endswith("/checkpoint_2")
+    accelerator.load_state()
+    assert {"checkpoint_0", "checkpoint_1", "2"} <= set(os.listdir("run/checkpoints"))
+    accelerator.end_training()
+    with pytest.raises(StepNotFoundError, match="no checkpoint"):
+        make("empty").load_state()
+
+
 def test_a_fetched_checkpoint_is_one_of_plain_accelerate(make: Make) -> None:
     """The same files, but for the one of ours; loaded by an Accelerator without us."""
     accelerator = make("run")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate")
-from asyncckpt import DamagedStepError, RestoreError
+from asyncckpt import DamagedStepError, RestoreError, SaveError
 from tests.crew import Crew
 from tests.exact import bits
 from tests.processes import Link
@@ -119,6 +119,34 @@ def test_of_what_all_ranks_write_one_is_kept(crew: Crew, tmp_path: pathlib.Path)
         "asyncckpt_dataloaders_0.bin", "asyncckpt_dataloaders_1.bin",
     }  # fmt: skip
     assert told == [(names, 0), (names, 0)]
+
+
+def failing_on_one(link: Link, url: str) -> Any:
+    accelerator = begin(link, "ddp", url)
+    trained(accelerator, 0)
+
+    def fail(*_: Any) -> None:
+        if link.rank == 1:
+            raise ValueError("not here")
+
+    handle = accelerator.register_save_state_pre_hook(fail)
+    try:
+        accelerator.save_state()
+    except (SaveError, ValueError) as exc:
+        told = f"{type(exc).__name__}: {exc}"
+    handle.remove()
+    saved = accelerator.save_state(block=True)
+    steps = accelerator.checkpoints.all_steps()
+    accelerator.checkpoints.close()
+    return told, pathlib.Path(saved).name, steps
+
+
+def test_a_hook_that_fails_on_one_rank_keeps_no_other_waiting(crew: Crew, tmp_path: pathlib.Path) -> None:
+    """The others hear of it; nothing was saved, and the number is free."""
+    first, second = crew.run(failing_on_one, str(tmp_path / "run"))
+    assert first[0].startswith("SaveError: rank 1 failed")
+    assert second[0] == "ValueError: not here"
+    assert first[1:] == second[1:] == ("checkpoint_0", [0])
 
 
 def torn_on_one(link: Link, url: str) -> Any:
