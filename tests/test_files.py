@@ -34,13 +34,12 @@ from asyncckpt.files import BytesFile, File, FileContent
 from asyncckpt.manifest import FileRecord, Manifest, ManifestError, check_file_name, decode_manifest, encode_manifest
 from asyncckpt.shard import payload_view
 from asyncckpt.storage import Storage, open_storage
-from asyncckpt.testing import Call, GatedStorage, RecordingStorage
+from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage
 from asyncckpt.verify import PIECE_BYTES
 from stagers import OverlappingAsyncStager
 from tests.crew import Crew
 from tests.faults.harness import Place, open_manager
 from tests.processes import Link
-from tests.states import restored
 from tests.test_ranks_in_step import Raised, attempt
 from tests.test_verify import flip
 
@@ -339,6 +338,21 @@ def test_a_file_that_cannot_be_made_fails_the_save_in_words(tmp_path: pathlib.Pa
         assert manager.all_steps() == [2]
 
 
+def test_storage_that_fails_on_a_file_fails_the_save_and_nothing_of_it_stays(tmp_path: pathlib.Path) -> None:
+    """Neither tensors nor other files, nor folders."""
+
+    def wrap(storage: Storage) -> Storage:
+        return FaultyStorage(storage, "write_file", matches=lambda call: call.path.endswith("/deep/b"), nth=1)
+
+    with open_manager(Place(str(tmp_path / "run"), {}), wrap) as manager:
+        manager.save_async(1, {"w": torch.ones(5)}, files={"a": b"1", "deep/b": b"2", "deep/c": b"3"})
+        with pytest.raises(WriteError):
+            manager.join()
+        assert list((tmp_path / "run").rglob("*")) == []
+        assert manager.save(1, {"w": torch.ones(5)}, files={"deep/b": b"2"})
+        assert manager.files(1) == {"deep/b": 1}
+
+
 def test_a_file_of_another_size_than_announced_fails_the_save(tmp_path: pathlib.Path) -> None:
     """The manifest would say what is not there."""
 
@@ -538,7 +552,6 @@ def test_files_of_an_unknown_or_foreign_step_are_not_found(run: pathlib.Path, tm
             assert unknown.value.known == foreign.value.known == [1, 2]
         with pytest.raises(ValueError, match="step must be"):
             manager.files(-1)
-        assert restored(manager, 1).keys()
     with pytest.raises(StepNotFoundError, match="another writer"):
         fetch_files(open_storage(str(run)), "9", tmp_path / "to")
 
