@@ -121,10 +121,14 @@ class Report:
         return next((step for step in reversed(self.committed) if step.head is not None and not step.damage), None)
 
     @property
+    def busy_s(self) -> float:
+        """For which the processes ran."""
+        return sum(start.busy_s for start in self.starts)
+
+    @property
     def cost_share(self) -> float:
-        """Of the time for which the processes ran, what training lost to saves; NaN: not known."""
-        busy_s = sum(start.busy_s for start in self.starts)
-        return known_sum(save.cost_s for save in self.saves) / busy_s if busy_s > 0 else math.nan
+        """Of that time, what training lost to saves; NaN: not known."""
+        return known_sum(save.cost_s for save in self.saves) / self.busy_s if self.busy_s > 0 else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,7 +458,7 @@ def _of_faults(report: Report) -> Iterator[Finding]:
 
 
 def _of_cost(report: Report) -> Iterator[Finding]:
-    if report.cost_share > 0.05:
+    if report.cost_share > 0.05 and report.busy_s > 60:  # of a minute it says little: there is a first save in it
         yield Finding(
             "look",
             f"Saving takes {100 * report.cost_share:.0f} % of the time. Save less often, or by save_async and the "

@@ -156,10 +156,25 @@ def test_a_run_that_is_in_order_has_no_findings(tmp_path: pathlib.Path) -> None:
         for step in range(5):
             manager.save_async(step, state(step))
     report = report_of(tmp_path)
-    found = [(level, text) for level, text in said(report) if "of the time" not in text]
-    assert [level for level, _ in found] == ["note"]
+    assert [level for level, _ in said(report)] == ["note"]
     report = dataclasses.replace(report, made_s=report.saves[-1].time_s + 1)
-    assert [text for level, text in said(report) if level == "note"] == []
+    assert said(report) == []
+    assert "Healthy: the last good save is step 4, a moment ago." in page(report)
+
+
+@pytest.mark.parametrize(("cost_s", "levels"), [(4.0, []), (6.0, ["look"])])
+def test_saves_that_take_more_than_a_twentieth_are_told_of(
+    tmp_path: pathlib.Path, cost_s: float, levels: list[str]
+) -> None:
+    """Of the time of all processes."""
+    with CheckpointManager(str(tmp_path)) as manager:
+        manager.save(1, state(1))
+    sink = EventFile(str(tmp_path))
+    for step, time_s in ((0, NOW_S - 101), (1, NOW_S - 1)):
+        common = {"url": "u", "step": step, "rank": 0, "time_s": time_s}
+        sink(events.Committed(**common, sequence=step, num_bytes=9, stall_s=cost_s / 2, durable_s=5.0))
+    found = dataclasses.replace(report_of(tmp_path), made_s=NOW_S)
+    assert [level for level, text in said(found) if "of the time" in text] == levels
 
 
 def test_the_worst_comes_first(run: tuple[pathlib.Path, list[Event]], tmp_path: pathlib.Path) -> None:
@@ -201,6 +216,22 @@ def test_the_command_writes_one_page_and_says_so(run: tuple[pathlib.Path, list[E
     assert list(tmp_path.iterdir()) == [out]
     assert out.stat().st_mode & 0o044 == 0o044 & ~os.umask(os.umask(0o022) or 0o022)
     assert before == {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+
+
+@pytest.mark.s3
+def test_a_run_on_s3_is_reported(s3_url: str, s3_options: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """With the options given, which are in no page."""
+    sink = EventFile(s3_url, s3_options)
+    with CheckpointManager(s3_url, storage_options=s3_options, events=[sink]) as manager:
+        manager.save(1, state(1))
+    sink.flush()
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in s3_options.items()}
+    options = [word for key, text in texts.items() for word in ("--storage-option", f"{key}={text}")]
+    done = ran(s3_url, "-o", str(tmp_path / "r.html"), "--json", *options)
+    assert (done.exit_code, json.loads(done.stdout)["last_good_step"]) == (0, 1)
+    text = (tmp_path / "r.html").read_text()
+    assert "the events of rank 0" in text
+    assert s3_options["secret"] not in text
 
 
 @pytest.mark.parametrize(
