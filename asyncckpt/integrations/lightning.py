@@ -25,10 +25,10 @@ from typing import IO, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,6 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from asyncckpt import events
 from asyncckpt.dcp import ShardReader, ShardWriter
@@ -47,7 +49,7 @@ from asyncckpt.writer import BackgroundWriter
 from stagers import BlockingAsyncStager
 from stagers.base import StagedSnapshot
 
-__all__ = ["AsyncckptIO", "ShardedSaves"]
+__all__ = ["AsyncckptIO", "ShardedSaves", "newest_checkpoint"]
 
 Path: TypeAlias = str | os.PathLike[str]
 Write: TypeAlias = Callable[[], int]
@@ -173,7 +175,7 @@ class AsyncckptIO:
         if meta:
             state[_REST] = torch.frombuffer(bytearray(meta), dtype=torch.uint8)
             storage.delete([_META])  # it would go with the new weights for a moment
-        dcp.save(state, storage_writer=ShardWriter(path, storage_options=options), process_group=group)
+        save(state, storage_writer=ShardWriter(path, storage_options=options), process_group=group)
         if meta:
             storage.replace(_META, meta)
 
@@ -185,12 +187,11 @@ class AsyncckptIO:
                 return None
         except NotADirectoryError:
             return None
-        reader = self.sharded_reader(path)
-        entry = reader.read_metadata().state_dict_metadata.get(_REST)
-        if entry is None:
+        entry = self.sharded_reader(path).read_metadata().state_dict_metadata.get(_REST)
+        if not isinstance(entry, TensorStorageMetadata):
             return None
         rest = {_REST: torch.empty(entry.size, dtype=torch.uint8)}
-        dcp.load(rest, storage_reader=self.sharded_reader(path))
+        load(rest, storage_reader=self.sharded_reader(path))
         file = io.BytesIO(rest[_REST].numpy().tobytes())
         loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only)
         return loaded
@@ -205,11 +206,12 @@ class AsyncckptIO:
 
     def _open(self, path: Path, storage_options: Mapping[str, Any] | None) -> tuple[Storage, str]:
         """The storage of the folder that holds `path`, and the name in it."""
-        folder, _, name = os.fspath(path).rpartition("/")
+        name = os.fspath(path).rpartition("/")[2]
+        folder = os.fspath(path).removesuffix(name) or "."
         if storage_options:
-            return open_storage(folder or ".", self._storage_options | dict(storage_options)), name
+            return open_storage(folder, self._storage_options | dict(storage_options)), name
         if folder not in self._storages:
-            self._storages[folder] = open_storage(folder or ".", self._storage_options)
+            self._storages[folder] = open_storage(folder, self._storage_options)
         return self._storages[folder], name
 
     @contextmanager
@@ -229,6 +231,23 @@ class AsyncckptIO:
         storage.read_into(name, [(0, content.getbuffer())])
         content.seek(0)
         yield content
+
+
+def newest_checkpoint(dirpath: Path, storage_options: Mapping[str, Any] | None = None) -> str | None:
+    """The checkpoint in or below a folder or URL that was written last, for `fit(ckpt_path=...)`; None: there is none.
+
+    For URLs, where Lightning's own "last" finds nothing and begins anew.
+    """
+    # A filesystem of its own: shared ones keep listings.
+    filesystem, root = url_to_fs(os.fspath(dirpath), skip_instance_cache=True, **(storage_options or {}))
+    try:
+        files = [path for path in filesystem.find(root) if path.endswith((".ckpt", f".ckpt/{_META}"))]
+    except FileNotFoundError:
+        return None
+    if not files:
+        return None
+    newest = str(max(files, key=filesystem.modified)).removesuffix(f"/{_META}")
+    return os.fspath(dirpath).rstrip("/") + newest.removeprefix(root.rstrip("/"))
 
 
 @dataclass(slots=True)
@@ -378,7 +397,8 @@ class ShardedSaves:
     otherwise bypass the plugin. The checkpoint is a folder: a DCP checkpoint of asyncckpt's, committed when all ranks
     are durable, which holds the rest of Lightning's checkpoint, too, and, after that, `meta.pt`, by which Lightning
     without this class knows and reads a local one. Other shardings and numbers of ranks may load it. Full checkpoints
-    go to the plugin as ever. A rank that waits for others gives up after `GROUP_TIMEOUT`.
+    go to the plugin as ever. A rank that waits for others gives up after `GROUP_TIMEOUT`. Tested with FSDP2 on the CPU;
+    FSDPStrategy refuses to run there.
     """
 
     GROUP_TIMEOUT = timedelta(minutes=10)
@@ -413,7 +433,7 @@ class ShardedSaves:
         plugin.save_staged(path, int(checkpoint.get("global_step", -1)), stage)
 
     def load_checkpoint(self: Any, checkpoint_path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-        plugin = self._plugin()
+        plugin: AsyncckptIO = self._plugin()
         plugin.drain()
         path = self.broadcast(os.fspath(checkpoint_path))
         rest = plugin.read_sharded_rest(path, weights_only)
@@ -422,11 +442,11 @@ class ShardedSaves:
             return loaded
         model, strict = self.model, self.lightning_module.strict_loading
         weights = {self._model_key(): get_model_state_dict(model)}
-        dcp.load(weights, storage_reader=plugin.sharded_reader(path))
+        load(weights, storage_reader=plugin.sharded_reader(path))
         set_model_state_dict(model, weights[self._model_key()], options=StateDictOptions(strict=strict))
         for i, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{i}": get_optimizer_state_dict(model, optimizer)}
-            dcp.load(state, storage_reader=plugin.sharded_reader(path))
+            load(state, storage_reader=plugin.sharded_reader(path))
             set_optimizer_state_dict(model, optimizer, state[f"optimizer_{i}"])
         return rest
 

@@ -10,7 +10,7 @@ import warnings
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -23,16 +23,11 @@ class Sharded(ShardedSaves, ModelParallelStrategy):
     pass
 
 
-class ShardedFSDP1(ShardedSaves, FSDPStrategy):
-    pass
-
-
 class ShardedModel(Model):
     def configure_model(self):
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            mesh = self.device_mesh["data_parallel"]
-            fully_shard(self.layers[0], mesh=mesh)
-            fully_shard(self.layers, mesh=mesh)
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.layers[0], mesh=mesh)
+        fully_shard(self.layers, mesh=mesh)
 
 
 def die_in(step):
@@ -49,16 +44,13 @@ def die_in(step):
 
 
 def main(folder, options):
-    """options: losses, resume (a path or null), kill_in (a step), stock (without ShardedSaves), fsdp1."""
+    """options: losses, resume (a path or null), kill_in (a step), stock (without ShardedSaves)."""
     warnings.simplefilter("ignore")
     L.seed_everything(1)
     if options.get("kill_in") and os.environ["RANK"] == "1":
         die_in(options["kill_in"])
-    if options.get("fsdp1"):
-        strategy = ShardedFSDP1(state_dict_type="sharded", process_group_backend="gloo")
-    else:
-        kind = ModelParallelStrategy if options.get("stock") else Sharded
-        strategy = kind(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
+    kind = ModelParallelStrategy if options.get("stock") else Sharded
+    strategy = kind(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
     plugin = None if options.get("stock") else AsyncckptIO()
     callbacks = [ModelCheckpoint(folder, every_n_train_steps=2, save_last=True)]
     devices = int(os.environ["WORLD_SIZE"])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import lightning as L
@@ -18,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import asyncckpt
 from asyncckpt import DamagedStepError, WriteError
-from asyncckpt.integrations.lightning import AsyncckptIO
+from asyncckpt.integrations.lightning import AsyncckptIO, newest_checkpoint
 from asyncckpt.testing import FaultyStorage, GatedStorage
 from tests.exact import bits
 from tests.integrations.lightning_script import Model, Wrapped, make_loader, make_trainer
@@ -205,6 +206,40 @@ def test_a_save_that_fails_is_raised_once_and_the_old_checkpoint_stays(tmp_path)
     assert "epoch=0-step=12.ckpt" in os.listdir(tmp_path)
 
 
+def test_what_fails_last_is_raised_by_teardown_once(tmp_path):
+    """And what was to be removed for it stays."""
+    plugin = Wrapped(lambda storage: FaultyStorage(storage, "replace_file", matches=lambda call: "new" in call.path))
+    plugin.save_checkpoint(state(1), str(tmp_path / "old.ckpt"))
+    plugin.save_checkpoint(state(2), str(tmp_path / "new.ckpt"))
+    plugin.remove_checkpoint(str(tmp_path / "old.ckpt"))
+    with pytest.raises(WriteError, match=r"new.ckpt was not saved"):
+        plugin.teardown()
+    plugin.teardown()
+    assert os.listdir(tmp_path) == ["old.ckpt"]
+
+
+def test_a_third_save_waits_until_the_first_is_durable(tmp_path):
+    """So that at most two copies of the state are held."""
+    gate, seen = None, []
+
+    def gated(storage):
+        nonlocal gate
+        gate = gate or GatedStorage(storage, "replace_file")
+        return gate
+
+    plugin = Wrapped(gated, events=[seen.append])
+    for step in 1, 2:
+        plugin.save_checkpoint(state(step), str(tmp_path / f"{step}.ckpt"))
+    opening = threading.Thread(target=lambda: gate.let_pass(1))
+    opening.start()
+    plugin.save_checkpoint(state(3), str(tmp_path / "3.ckpt"))
+    opening.join()
+    gate.open()
+    plugin.teardown()
+    said = [(type(event).__name__, event.step) for event in seen]
+    assert said.index(("Committed", 1)) < said.index(("Staged", 3))
+
+
 def test_a_second_fit_saves_and_the_first_left_all_durable(tmp_path):
     """Lightning's own AsyncCheckpointIO failed there (Lightning issue 20952)."""
     plugin = AsyncckptIO()
@@ -315,6 +350,17 @@ def test_another_runs_checkpoint_is_never_removed(memory_url):
     storage = asyncckpt.storage.open_storage(memory_url)
     assert sorted(storage.list_files()) == ["first/epoch=0-step=4.ckpt", "second/epoch=0-step=8.ckpt"]
     assert [event.url for event in kept if isinstance(event, asyncckpt.Skipped)] == [first.best_model_path]
+
+
+def test_the_newest_checkpoint_is_found_in_a_folder_and_at_a_url(memory_url, tmp_path):
+    """Lightning's own "last" finds none at a URL."""
+    for folder in (memory_url, str(tmp_path / "run")):
+        assert newest_checkpoint(folder) is None
+        callback = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
+        fit(tmp_path, AsyncckptIO(), callbacks=[callback], max_steps=4)
+        assert newest_checkpoint(folder) == f"{folder}/epoch=0-step=4.ckpt"
+        trainer = fit(tmp_path, AsyncckptIO(), callbacks=[callback], resume=newest_checkpoint(folder), max_steps=6)
+        assert trainer.global_step == 6
 
 
 # -- damage
