@@ -218,8 +218,15 @@ def test_random_states_that_cannot_be_read_are_an_error(make: Make, by: str, tmp
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
+class Shuffled(torch.utils.data.IterableDataset[Any]):
+    """Draws its order from torch's own stream."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from ((torch.tensor(float(i)),) for i in torch.randperm(20))
+
+
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata, where it is first used
-@pytest.mark.parametrize("kind", ["plain", "seedable", "stateful"])
+@pytest.mark.parametrize("kind", ["plain", "seedable", "stateful", "iterable"])
 def test_in_mid_epoch_the_batches_that_were_left_follow(make: Make, kind: str) -> None:
     """8: in epoch 1, after random numbers of another past; with the next epoch, and what is drawn meanwhile."""
 
@@ -250,6 +257,19 @@ def test_in_mid_epoch_the_batches_that_were_left_follow(make: Make, kind: str) -
     rest = loader if kind == "stateful" else accelerator.skip_first_batches(loader, 4)
     resumed = seen(rest) + seen(loader)
     assert resumed == left
+
+
+def test_the_end_of_training_waits_and_tells(make: Make, tmp_path: pathlib.Path) -> None:
+    """What the last save failed with is not lost."""
+    accelerator = make("run")
+    accelerator.save_state()
+    accelerator.end_training()
+    accelerator = make("run")
+    assert accelerator.checkpoints.all_steps() == [0]
+    (tmp_path / "run/checkpoints/1").write_text("in the way")
+    accelerator.save_state()
+    with pytest.raises(SaveError, match="step 1"):
+        accelerator.end_training()
 
 
 # -- the guide
