@@ -86,6 +86,7 @@ from asyncckpt.events import (
     log_events,
 )
 from asyncckpt.files import BytesFile, File
+from asyncckpt.lookup import Saved
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.per_rank import PerRank
 from asyncckpt.policy import (
@@ -111,6 +112,7 @@ __all__ = [
     "CheckpointManager",
     "open_checkpoint",
     "Checkpoint",
+    "Saved",
     "TrainState",
     "PerRank",
     "File",
