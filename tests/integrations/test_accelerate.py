@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed
 
-from asyncckpt import CheckpointManager, DamagedStepError, RestoreError, SaveError, StepNotFoundError
+from asyncckpt import CheckpointManager, DamagedStepError, RestoreError, SaveError, StepNotFoundError, Written
 from asyncckpt.integrations.accelerate import SavedState, attach
 from tests.exact import bits
 
@@ -360,6 +361,22 @@ def test_it_is_the_state_of_the_call_that_is_saved(make: Make) -> None:
             parameter.data.mul_(2)
         accelerator.load_state(name)
         assert of(model, optimizer) == saved
+
+
+def test_save_state_returns_while_the_save_goes_on(make: Make) -> None:
+    """`result()` waits for the commit."""
+    gate = threading.Event()
+
+    def hold(event: Any) -> None:
+        if isinstance(event, Written):
+            assert gate.wait(60)
+
+    accelerator = make("run", options={"events": [hold]})
+    saved = accelerator.save_state()
+    assert accelerator.checkpoints.all_steps() == []
+    gate.set()
+    saved.result()
+    assert accelerator.checkpoints.all_steps() == [0]
 
 
 def test_names_say_which_checkpoint(make: Make, tmp_path: pathlib.Path) -> None:
