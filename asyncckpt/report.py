@@ -162,7 +162,7 @@ def look_at(
     return Report(
         storage.url, now_s, steps,
         saves=sorted([*saves, *_from_storage(steps, saves)], key=lambda save: save.time_s),
-        faults=sorted([*_grouped(faults), *_in_storage(steps)], key=lambda fault: fault.time_s),
+        faults=sorted([*_grouped(faults), *_in_storage(steps)], key=_when),
         starts=sorted(map(_start, first), key=lambda start: start.time_s),
         ranks=sorted({log.rank for log in logs}),
         pruned={event.step: event.time_s for event in dropped},
@@ -173,6 +173,11 @@ def look_at(
         num_unreadable=sum(log.num_unreadable for log in logs),
         num_left_out=left_out,
     )  # fmt: skip
+
+
+def _when(fault: Fault) -> float:
+    """What is there now, and of no known time, comes last."""
+    return math.inf if math.isnan(fault.time_s) else fault.time_s
 
 
 def _logs(run: Storage, others: Sequence[Storage], tell: Callable[[int], None]) -> tuple[list[EventLog], int]:
