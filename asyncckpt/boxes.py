@@ -25,7 +25,7 @@ Pieces = Sequence[tuple[int, torch.Tensor]]
 
 
 class Boxes:
-    """Of the chunks of one step. Made for one restore."""
+    """Of the chunks of one step. Kept with its keys."""
 
     def __init__(self, chunks: ChunkTable) -> None:
         self._place = chunks.placement
@@ -75,7 +75,7 @@ class Boxes:
         self, key: str, begin: tuple[int, ...], tensor: torch.Tensor
     ) -> Iterator[tuple[int, tuple[slice, ...] | None]]:
         """The chunks that lie in the part that begins there, and where in it; None: they are all of it."""
-        numbers, shape, dtype = self._numbers_of(key), tuple(tensor.shape), str(tensor.dtype)[6:]
+        numbers, shape, dtype = self.numbers_of(key), tuple(tensor.shape), str(tensor.dtype)[6:]
         offsets = [self._place.offsets[number] or () for number in numbers]
         layouts = [self._layouts[layout] for layout in self._place.layout[numbers].tolist()]
         if any(layout.dtype != dtype or len(layout.shape) != len(shape) for layout in layouts):
@@ -88,7 +88,8 @@ class Boxes:
             if all(side.start >= 0 and side.stop <= end for side, end in zip(box, shape, strict=True)):
                 yield number, box
 
-    def _numbers_of(self, key: str) -> list[int]:
+    def numbers_of(self, key: str) -> list[int]:
+        """Of the chunks of a key."""
         order, start = self._by_key
         number = self._number_of_key.get(key, -2)  # a key that has no chunks
         found: list[int] = order[start[number] : start[number + 1]].tolist() if number >= 0 else []

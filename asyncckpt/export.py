@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
@@ -26,8 +27,8 @@ from asyncckpt.manifest import FileRecord
 from asyncckpt.restore import OpenStep, join, open_step
 from asyncckpt.safetensors_file import Header, Kind, header_of
 from asyncckpt.storage import Storage
-from asyncckpt.stream import Place, file_views, stream
-from asyncckpt.torch_file import Slot, TorchFile
+from asyncckpt.stream import Place, chunks_of, file_views, stream
+from asyncckpt.torch_file import Payload, Slot, TorchFile
 from asyncckpt.verify import Tell
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
@@ -288,7 +289,8 @@ class _Writing:
         """Which files are there already. What is in the way is removed, the index first: it would speak of two."""
         kept = [path for path, file in files.items() if there.get(path) == file.size and self._has_header(path, file)]
         other = [path for path in there if path not in kept]
-        if index_path in other and index and self.target.read_file(index_path) == index:
+        is_whole = len(kept) == len(files) and index and index_path in there
+        if is_whole and self.target.read_file(index_path) == index:
             other.remove(index_path)
         if other and not overwrite:
             raise FileExistsError(
@@ -358,15 +360,23 @@ def export_torch(
     values |= {name: values[kept] for name, kept in _tied(step, tensors).items()}
     saved_of = {values[key].untyped_storage()._cdata: saved for key, saved in tensors.items()}
 
-    def payloads(slots: Sequence[Slot]) -> Iterator[list[memoryview]]:
+    def payloads(slots: Sequence[Slot]) -> Iterator[Payload]:
         places = [Place(saved.key, at, _kind_of(saved)) for at, saved in
                   ((slot.offset, saved_of[slot.storage._cdata]) for slot in slots)]  # fmt: skip
-        for piece in stream(source, step, places):
-            yield from ([piece.bytes_of(place)] for place in piece.places)
+        views = (pair for piece in stream(source, step, places) for pair in piece.tensors)
+        for place, parts in groupby(views, key=lambda pair: pair[0]):  # a large one comes in several pieces
+            yield _crc32_in(step, place.key), (view for _, view in parts)
 
     content = TorchFile(_filled(tree, values), payloads=payloads)
     target.replace_file(path, content.size, _Writing(source, step, target, tell).told(content.views()))
     return Exported({path: content.size})
+
+
+def _crc32_in(step: OpenStep, key: str) -> int | None:
+    """Of the tensor's bytes in row-major order, if the manifest says it; reading compares them with it."""
+    chunks = chunks_of(step, key)
+    is_whole = len(chunks) == 1 and chunks[0].layout is not None and chunks[0].layout.is_contiguous
+    return chunks[0].crc32 if is_whole else None
 
 
 def _filled(tree: Any, values: Mapping[str, Any]) -> Any:

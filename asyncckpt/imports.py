@@ -280,7 +280,7 @@ class _TorchSource:
                 "Nothing was written. Load the file with torch, make it dense and save it again"
             )
         record = self.records[self.record_of[meta.untyped_storage()._cdata]]
-        offset = record.offset + meta.storage_offset() * meta.element_size()
+        offset = record.offset + int(meta.storage_offset()) * meta.element_size()
         layout = Layout.of(meta)
         if layout.is_dense:
             crc = record.crc32 if record.size == meta.nbytes else 0

@@ -85,8 +85,12 @@ class Whole:
 
 def find_whole(manifest: Manifest, keys: Keys, wanted: Mapping[str, Any]) -> tuple[Whole, dict[str, Any]]:
     """What of `wanted`, {key: value}, is read whole, and the rest. Tensors have the dtype and shape that `keys` say."""
-    chunks, number_of, boxes = manifest.chunks, _whole_chunks(manifest.chunks, keys), Boxes(manifest.chunks)
-    is_object, reach, accelerator = (chunks.placement.layout < 0).tolist(), _reach_in(chunks.placement), _accelerator()
+    chunks, accelerator = manifest.chunks, _accelerator()
+    # Kept: an export asks for some keys at a time, and these look at all.
+    number_of, is_object, reach, boxes = keys.kept.get(
+        "whole", (chunks,),
+        lambda: (_whole_chunks(chunks, keys), _is_object(chunks), _reach_in(chunks.placement), Boxes(chunks)),
+    )  # fmt: skip
     found: list[str] = []
     numbers: list[int] = []
     tensors: list[torch.Tensor | None] = []
@@ -149,6 +153,11 @@ def _whole_chunks(chunks: ChunkTable, keys: Keys) -> dict[str, int]:
     kind = keys.kind if place.fqns is keys.fqns else keys.kind[[keys.number[fqn] for fqn in place.fqns]]
     numbers[form_of_layout[place.layout[numbers]] != kind] = -1
     return dict(zip(place.fqns, numbers.tolist(), strict=True))
+
+
+def _is_object(chunks: ChunkTable) -> list[bool]:
+    is_object: list[bool] = (chunks.placement.layout < 0).tolist()
+    return is_object
 
 
 def _accelerator() -> str | None:

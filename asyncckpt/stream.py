@@ -12,22 +12,27 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
+from asyncckpt.boxes import Boxes
+from asyncckpt.chunks import Chunk, payload_bytes_of
 from asyncckpt.errors import DamagedStepError
+from asyncckpt.framing import BLOCK_BYTES
+from asyncckpt.read import carry_out, direct_reads
 from asyncckpt.read_whole import find_whole, read_whole
 from asyncckpt.restore import PASS_OVER, OpenStep, join, prepare, read
 from asyncckpt.safetensors_file import Kind
 from asyncckpt.shard import VIEW_BYTES
 from asyncckpt.storage import Storage
 
-PIECE_BYTES = 32 << 20
-"""A guess: several ranges of an object store at once, and small beside what a process takes anyway."""
-BUDGET_BYTES = 5 * PIECE_BYTES
+PIECE_BYTES = 16 << 20
+"""A guess: some ranges of an object store at once, and a few pieces in a CPU's cache. In blocks of BLOCK_BYTES."""
+BUDGET_BYTES = 8 * PIECE_BYTES
 """Of pieces that are read ahead, and that storage still writes."""
-READERS = 2  # pieces that are read at once, so that the end of one does not leave the line empty
+READERS = 3  # pieces that are read at once, so that the end of one does not leave the line empty
 PAGE_BYTES = 4096
 
 
@@ -46,39 +51,55 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A range of a file, with the tensors in it. memory: its bytes; between tensors they are arbitrary."""
+    """A range of a file. tensors: their places, and the part of each that is in it; between tensors its bytes are
+    arbitrary."""
 
-    places: Sequence[Place]
     memory: memoryview
+    tensors: Sequence[tuple[Place, memoryview]]
 
-    def bytes_of(self, place: Place) -> memoryview:
-        start = place.offset - self.places[0].offset
-        return self.memory[start : start + place.kind.num_bytes]
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Of a tensor too large for a piece: what a chunk's payload has from the byte `first` on, where a block begins."""
+
+    place: Place
+    offset: int
+    num_bytes: int
+    chunk: Chunk
+    first: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_bytes
+
+
+_Wanted: TypeAlias = Sequence[Place] | Sequence[_Part]
+"""What is in a piece: whole tensors, or one part of one."""
 
 
 def stream(storage: Storage, step: OpenStep, places: Sequence[Place]) -> Iterator[Piece]:
     """The pieces of a file, in its order. places: in that order, too.
 
-    Memory: BUDGET_BYTES or twice the largest tensor, whichever is more, and what the consumer keeps. Raises
-    DamagedStepError, OSError.
+    Memory: BUDGET_BYTES, and what the consumer keeps. Only of a tensor that has to be put together, as it was saved in
+    columns or transposed, or by stock DCP, twice its size. Raises DamagedStepError, OSError.
     """
-    pieces = deque(_in_pieces(places))
-    buffers = Buffers(max((_span(piece) for piece in pieces), default=0))
+    pieces = deque(_in_pieces(step, places))
+    buffers = Buffers(max(map(_span, pieces), default=0))
     reading: deque[Future[Piece]] = deque()
 
     def begin() -> None:
-        while pieces and len(reading) <= READERS and (not reading or buffers.has_room_for(_span(pieces[0]))):
+        while pieces and len(reading) < READERS and (not reading or buffers.has_room_for(_span(pieces[0]))):
             wanted = pieces.popleft()
             # On the page on which the file has it: storage then writes it past the page cache from where it lies.
             memory = buffers.take(_span(wanted), wanted[0].offset % PAGE_BYTES)
-            reading.append(pool.submit(_read_piece, storage, step, Piece(wanted, memory)))
+            reading.append(pool.submit(_read_piece, storage, step, wanted, memory))
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="asyncckpt-ahead") as pool:
         try:
             begin()
             while reading:
                 piece = reading.popleft().result()
-                if buffers.has_room_for(_span(pieces[0]) if pieces else 0):
+                if pieces and buffers.has_room_for(_span(pieces[0])):
                     begin()
                 yield piece
                 del piece
@@ -87,24 +108,80 @@ def stream(storage: Storage, step: OpenStep, places: Sequence[Place]) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def _in_pieces(places: Sequence[Place]) -> Iterator[list[Place]]:
+def _in_pieces(step: OpenStep, places: Sequence[Place]) -> Iterator[_Wanted]:
     piece: list[Place] = []
     for place in places:
         if piece and place.end - piece[0].offset > PIECE_BYTES:
             yield piece
             piece = []
-        piece.append(place)
+        if place.kind.num_bytes > PIECE_BYTES and (parts := _parts(step, place)):
+            if piece:
+                yield piece
+                piece = []
+            yield from ([part] for part in parts)
+        else:
+            piece.append(place)
     if piece:
         yield piece
 
 
-def _span(piece: Sequence[Place]) -> int:
-    return piece[-1].end - piece[0].offset
+def _parts(step: OpenStep, place: Place) -> list[_Part]:
+    """None where a chunk's payload is not, as it lies, a range of the row-major tensor."""
+    chunks = chunks_of(step, place.key)
+    starts = [_start_in(place.kind, chunk) for chunk in chunks]
+    if not chunks or None in starts or place.key in step.lacking:
+        return []
+    return [
+        _Part(place, place.offset + start + first, min(PIECE_BYTES, size - first), chunk, first)
+        for start, chunk in sorted(zip(starts, chunks, strict=True), key=lambda pair: pair[0] or 0)
+        if start is not None and chunk.layout is not None
+        for size in [payload_bytes_of(chunk.layout)]
+        for first in range(0, size, PIECE_BYTES)
+    ]
 
 
-def _read_piece(storage: Storage, step: OpenStep, piece: Piece) -> Piece:
-    read_into(storage, step, {place.key: _tensor(piece.bytes_of(place), place.kind) for place in piece.places})
-    return piece
+def chunks_of(step: OpenStep, key: str) -> list[Chunk]:
+    """None of a foreign step."""
+    if step.manifest is None:
+        return []
+    chunks = step.manifest.chunks
+    boxes = step.keys.kept.get("boxes", (chunks,), lambda: Boxes(chunks))
+    return [chunks[number] for number in boxes.numbers_of(key)]
+
+
+def _start_in(kind: Kind, chunk: Chunk) -> int | None:
+    """The byte of the row-major tensor at which the chunk's payload begins; None: it is no range of it."""
+    layout, offsets, start, step = chunk.layout, chunk.offsets, 0, kind.dtype.itemsize
+    if layout is None or offsets is None or not layout.is_contiguous:
+        return None
+    is_cut = False
+    for size, own, offset in zip(reversed(kind.shape), reversed(layout.shape), reversed(offsets), strict=True):
+        if is_cut and own != 1:
+            return None
+        is_cut = is_cut or own != size
+        start += offset * step
+        step *= size
+    return start
+
+
+def _span(wanted: _Wanted) -> int:
+    return wanted[-1].end - wanted[0].offset
+
+
+def _read_piece(storage: Storage, step: OpenStep, wanted: _Wanted, memory: memoryview) -> Piece:
+    one = wanted[0]
+    if isinstance(one, _Part):
+        path, blocks = join(step.data_folder, one.chunk.file), one.chunk.block_crcs[one.first // BLOCK_BYTES :]
+        crcs = blocks[: -(-one.num_bytes // BLOCK_BYTES)]
+        target = torch.frombuffer(memory, dtype=torch.uint8)
+        at = one.chunk.payload_offset + one.first
+        carry_out(storage, direct_reads(storage.url, path, one.place.key, at, target, crcs))
+        return Piece(memory, [(one.place, memory)])
+    places = [place for place in wanted if isinstance(place, Place)]
+    views = [memory[place.offset - one.offset : place.end - one.offset] for place in places]
+    tensors = {place.key: _tensor(view, place.kind) for place, view in zip(places, views, strict=True)}
+    read_into(storage, step, tensors)
+    return Piece(memory, list(zip(places, views, strict=True)))
 
 
 def _tensor(memory: memoryview, kind: Kind) -> torch.Tensor:

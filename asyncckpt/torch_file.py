@@ -34,8 +34,9 @@ class Slot(NamedTuple):
     offset: int
 
 
-Payloads: TypeAlias = Callable[[Sequence[Slot]], Iterator[Iterable[memoryview]]]
-"""The bytes of each storage, in views."""
+Payload: TypeAlias = tuple[int | None, Iterable[memoryview]]
+"""The bytes of a storage, in views, and their CRC32, if it is known without them."""
+Payloads: TypeAlias = Callable[[Sequence[Slot]], Iterator[Payload]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,14 @@ class TorchFile:
         """`size` bytes; the payloads in views of the storages' memory."""
         pieces, crcs = iter(self._skeleton.pieces), list[int]()
         yield memoryview(next(pieces))
-        for payload, piece in zip(self._payloads(self._skeleton.slots), pieces, strict=True):
+        for (known, payload), piece in zip(self._payloads(self._skeleton.slots), pieces, strict=True):
             crc = PayloadCrc()
             for view in payload:
-                for at in range(0, len(view), BLOCK_BYTES):
+                for at in range(0, len(view) if known is None else 0, BLOCK_BYTES):
                     block = view[at : at + BLOCK_BYTES]
                     crc.add(crc32(block), len(block))
                 yield view
-            crcs.append(crc.value)
+            crcs.append(crc.value if known is None else known)
             follows = bytearray(piece)
             struct.pack_into("<L", follows, len(_DESCRIPTOR), crc.value)
             if len(crcs) == len(self._skeleton.slots):
@@ -81,10 +82,10 @@ class TorchFile:
             yield memoryview(follows)
 
 
-def _memory(slots: Sequence[Slot]) -> Iterator[Iterator[memoryview]]:
+def _memory(slots: Sequence[Slot]) -> Iterator[Payload]:
     for storage, _ in slots:
         memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
-        yield (memory[at : at + VIEW_BYTES] for at in range(0, len(memory), VIEW_BYTES))
+        yield None, [memory[at : at + VIEW_BYTES] for at in range(0, len(memory), VIEW_BYTES)]
 
 
 def _skeleton_of(obj: Any) -> tuple[_Skeleton, int]:

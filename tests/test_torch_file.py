@@ -146,7 +146,7 @@ def test_a_file_above_4_gib_carries_crc32s_that_hold(tmp_path: Path) -> None:
 
     with FakeTensorMode():
         state = {"huge": torch.empty(num_bytes, dtype=torch.uint8), "small": torch.empty(4, dtype=torch.uint8)}
-        file = TorchFile(state, payloads=lambda slots: (in_pages(slot.storage.nbytes()) for slot in slots))
+        file = TorchFile(state, payloads=lambda slots: ((None, in_pages(slot.storage.nbytes())) for slot in slots))
     path = tmp_path / "huge.pt"
     with path.open("wb") as out:
         out.writelines(file.views())
@@ -164,7 +164,9 @@ def test_fake_tensors_take_the_place_of_tensors_whose_bytes_come_later() -> None
     with FakeTensorMode():
         fake = {"a": torch.empty(3, 4), "b": [torch.empty(2, dtype=torch.bfloat16)], "n": 3, "e": torch.empty(0)}
         payloads = {fake["a"].untyped_storage()._cdata: real["a"], fake["b"][0].untyped_storage()._cdata: real["b"][0]}
-        file = TorchFile(fake, payloads=lambda slots: ([payload_view(payloads[s.storage._cdata])] for s in slots))
+        file = TorchFile(
+            fake, payloads=lambda slots: ((None, [payload_view(payloads[s.storage._cdata])]) for s in slots)
+        )
     data = b"".join(file.views())
     assert {**records(data), "archive/data.pkl": b""} == {**records(written(real)), "archive/data.pkl": b""}
     loaded = torch.load(io.BytesIO(data), weights_only=True)
