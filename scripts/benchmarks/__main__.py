@@ -6,7 +6,7 @@
     scripts/bench --readme run.json ...     no measuring: README.md's section from what --json wrote
 
 Suites: stall, save and restore (a folder), ranks (eight), object (S3), faults (S3, requests fail), tensors (very many),
-steps (very many), memory, interference.
+steps (very many), memory, interference, export (safetensors, torch.save).
 Every contender takes its turn in each round; ratios are taken within a round. Peers that do not run are named with
 their error; `pip install '.[bench]'` brings those that torch does not.
 """
@@ -27,7 +27,19 @@ from .frame import FAILURES, FULL, QUICK, TINY, Bench, Outcome, Scale, not_measu
 from .process import others_cpu_s
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ("stall", "save", "restore", "ranks", "object", "faults", "tensors", "steps", "memory", "interference")
+SUITES = (
+    "stall",
+    "save",
+    "restore",
+    "ranks",
+    "object",
+    "faults",
+    "tensors",
+    "steps",
+    "memory",
+    "interference",
+    "export",
+)
 
 
 def main() -> None:
