@@ -189,7 +189,7 @@ def _largest(dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> float:
         return math.nan
     both_nan = mine.isnan() & theirs.isnan()
     difference = torch.where((mine == theirs) | both_nan, torch.zeros_like(mine), mine - theirs).abs()
-    return float(torch.nan_to_num(difference, nan=torch.inf).max())
+    return float(torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).max())
 
 
 def _compare_objects(a: Side, b: Side, key: str) -> Difference:
