@@ -376,6 +376,20 @@ def test_a_new_head_is_trained_from_an_old_checkpoint(full: tuple[CheckpointMana
     other.step()
 
 
+def test_an_optimizer_that_has_a_new_head_too_is_restored_for_the_rest(full: tuple[CheckpointManager, Run]) -> None:
+    """Its state for the new parameters begins afresh, as that of any parameter that had none."""
+    manager, run = full
+    other = Run(2, head=True)
+    other.step()
+    manager.restore(7, other.state, keys=["model", "optimizer"], allow_missing="model.head")
+    found, saved = (one.state.state_dict()["optimizer"]["state"] for one in (other, run))
+    assert_same(saved["1.weight"], found["1.weight"])
+    assert len(other.optimizer.param_groups[0]["params"]) == 6
+    head = other.model.get_submodule("head")
+    assert other.optimizer.state.get(head.weight, {}).get("step", torch.zeros(())).item() == 0
+    other.optimizer.step()
+
+
 def test_parts_that_a_checkpoint_lacks_stay_as_they_are(tmp_path: pathlib.Path) -> None:
     """A step of weights alone into a whole run: optimizer, registered objects and all else are left alone."""
     run, other = Run(1), Run(2)
