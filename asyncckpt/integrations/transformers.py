@@ -55,6 +55,8 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
     checkpoint_url: where checkpoints go; any that CheckpointManager takes. Default: `args.output_dir`. If that is a
         URL, logs, the model card and the like go to the folder `trainer_output`, as without an output_dir.
     checkpoint_options: further arguments for the CheckpointManager, such as `storage_options` or `max_pending_async`.
+        A `save_policy` saves beside what TrainingArguments say; `keep` replaces save_total_limit; a `stager` serves one
+        training.
 
     `train` makes the manager, and closes it. A save blocks for the copy of the state; what fails in the background is
     raised once, by the next save or at the end of `train`, a CheckpointError. Callbacks' `on_save` runs when the save
@@ -91,7 +93,7 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
         self._taken: set[int] = set()
         self.checkpoints: CheckpointManager
         super().__init__(model, args, *rest, **kwargs)
-        self.add_callback(_SaveOnSigterm(self))
+        self.add_callback(_SaveWhenAsked(self))
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
@@ -125,12 +127,13 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
     def _open_manager(self) -> CheckpointManager:
         limit = self.args.save_total_limit or 0
         options = {
+            "save_policy": _Never(),
             "keep": KeepAsTrainer(limit) if limit > 0 else None,
             "chkpt_on_preemption": threading.current_thread() is threading.main_thread(),
             **self._options,
         }
         self._hears_sigterm = options["chkpt_on_preemption"]
-        return CheckpointManager(self._url, save_policy=_Never(), **options)
+        return CheckpointManager(self._url, **options)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -143,7 +146,7 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
                 files = self._of_this_rank(captured.files())
-            # What SIGTERM asks for is due, and may be skipped if there is no time for it (grace_period).
+            # What SIGTERM or a policy asks for is due, and may be skipped, as for lack of time (grace_period).
             force = not self.checkpoints.should_save(step)
             if self.checkpoints.save_async(step, {}, force, files=files, metrics=self._metrics(step)):
                 self._taken.add(step)
@@ -382,7 +385,7 @@ class KeepAsTrainer:
 
 
 class _Never:
-    """Trainer decides when to save."""
+    """Trainer alone decides when to save."""
 
     uses_clock = False
 
@@ -390,7 +393,9 @@ class _Never:
         return False
 
 
-class _SaveOnSigterm(TrainerCallback):  # type: ignore[misc]  # as above
+class _SaveWhenAsked(TrainerCallback):  # type: ignore[misc]  # as above
+    """By SIGTERM, or by a save policy of the user's."""
+
     def __init__(self, trainer: CheckpointMixin) -> None:
         self._trainer = trainer
 

@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("transformers")
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
-from asyncckpt import CheckpointManager, Event, RestoreError, SaveError, Staged, StepNotFoundError
+from asyncckpt import CheckpointManager, Event, RestoreError, SaveError, SaveEvery, Staged, StepNotFoundError
 from asyncckpt.integrations.transformers import AsyncTrainer, CheckpointMixin, KeepAsTrainer, from_pretrained
 from asyncckpt.policy import CommittedStep
 from tests.exact import bits
@@ -330,6 +330,12 @@ def test_save_only_model_and_a_save_for_each_epoch(tmp_path: pathlib.Path) -> No
     assert steps_at(str(tmp_path / "run")) == [5, 10]
     with CheckpointManager(str(tmp_path / "run")) as manager:
         assert set(manager.files(5)) == FILES - {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def test_a_save_policy_saves_beside_what_the_arguments_say(tmp_path: pathlib.Path) -> None:
+    """So a clock may, which TrainingArguments do not know."""
+    make(str(tmp_path / "run"), tmp_path / "output", options={"save_policy": SaveEvery(4)}).train()
+    assert steps_at(str(tmp_path / "run")) == [3, 4, 6, 8, 9, 10]
 
 
 def test_checkpoints_may_lie_in_output_dir_itself(tmp_path: pathlib.Path) -> None:
