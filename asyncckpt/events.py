@@ -119,7 +119,7 @@ class Failed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Restored(Event):
-    """A restore is complete (the thread that called it).
+    """A restore, or a fetch of files, is complete (the thread that called it).
 
     num_bytes: that this rank took from storage, which with `read_once` is a part of what it got. ignored_keys: keys of
     the checkpoint that the state dict did not ask for. missing_keys: of this rank's state dict that the checkpoint

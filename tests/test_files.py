@@ -33,12 +33,13 @@ from asyncckpt.fetch import fetch_files
 from asyncckpt.files import BytesFile, File, FileContent
 from asyncckpt.manifest import FileRecord, Manifest, ManifestError, check_file_name, decode_manifest, encode_manifest
 from asyncckpt.shard import payload_view
+from asyncckpt.state import num_bytes_of
 from asyncckpt.storage import Storage, open_storage
 from asyncckpt.testing import Call, FaultyStorage, GatedStorage, RecordingStorage
 from asyncckpt.verify import PIECE_BYTES
 from stagers import OverlappingAsyncStager
 from tests.crew import Crew
-from tests.faults.harness import Place, open_manager
+from tests.faults.harness import KilledStorage, KillPoint, Place, messages_of, open_manager
 from tests.processes import Link
 from tests.test_ranks_in_step import Raised, attempt
 from tests.test_verify import flip
@@ -532,6 +533,33 @@ def test_a_step_saved_again_while_it_is_fetched_comes_in_its_new_form(
     storage = SavedAgain(open_storage(str(run)))
     assert fetch_files(storage, "2", tmp_path / "to") == 5
     assert contents(tmp_path / "to") == {"x/small": b"again"}
+
+
+def fetch_until_killed(link: Any, url: str, folder: str, number: int) -> None:
+    fetch_files(KilledStorage(open_storage(url), KillPoint("call", number, "after")), "2", folder)
+    link.send(("done", None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [3, 4, 6])
+def test_a_fetch_that_is_killed_leaves_no_half_file(run: pathlib.Path, tmp_path: pathlib.Path, number: int) -> None:
+    """After any of its four reads; the next fetch does not mind what it left."""
+    target = tmp_path / "to"
+    with CheckpointManager(str(run)) as manager:
+        manager.fetch(1, target)
+        before = contents(target)
+        assert list(messages_of(fetch_until_killed, str(run), str(target), number)) == []
+        left = contents(target)
+        assert {name: left[name] for name in before} == before
+        assert {name.split("/")[0][:5] for name in left.keys() - before.keys()} == {".tmp-"}
+        manager.fetch(2, target)
+    assert contents(target)["x/small"] == b"2"
+
+
+def test_what_files_would_take_is_told_beforehand(tmp_path: pathlib.Path) -> None:
+    """By which a save after SIGTERM is judged."""
+    state = {"w": torch.ones(10)}
+    assert num_bytes_of(state, {"o": File({"w": state["w"], "v": torch.ones(5)}, TensorFile), "b": b"xx"}, 0) == 60
 
 
 # -- steps that are not there, and others' checkpoints
