@@ -195,7 +195,7 @@ class _Parts:
                     logger.warning("events are not written to %s: %s", self._storage.url, exc)
                 self._has_told = True
             with self._lock:
-                if self._has_told or self._is_ending.is_set() or not (self._is_new or self._full):
+                if self._has_told or not (self._is_new or self._full):
                     self._thread = None
                     return
 
@@ -221,9 +221,11 @@ class _Parts:
     def end(self) -> None:
         """At the end of the process, after its managers have finished their saves."""
         self._is_ending.set()
-        thread = self._thread
-        if thread is not None:
+        with self._lock:
+            thread = self._thread
+        if thread is not None:  # it writes once more; where storage is gone, twice would hold up the process twice
             thread.join()
+            return
         try:
             self.flush()
         except Exception as exc:
