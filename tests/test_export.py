@@ -89,7 +89,7 @@ def test_several_files_and_an_index_are_as_huggingface_hub_has_them(run: Storage
         assert sorted(loaded(out, file)) == sorted(names)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 12), max_size=12), st.integers(1, 20))
 def test_tensors_are_split_into_files_as_huggingface_hub_splits_them(sizes: list[int], limit: int) -> None:
     """Any sizes, also those above the limit."""
@@ -271,6 +271,7 @@ def test_files_that_a_step_was_given_become_a_folder_again(tmp_path: Path, out: 
     assert "a/__0_0.distcp" not in other.list_files()
 
 
+@pytest.mark.slow
 def test_from_s3_to_s3_nothing_is_written_here(s3_url: str, s3_options: dict[str, Any]) -> None:
     """Tensors put together from ranges, sent in parts."""
     with CheckpointManager(f"{s3_url}/run", 1, storage_options=s3_options) as manager:

@@ -201,6 +201,7 @@ def test_an_index_that_points_outside_or_at_what_is_not_there_is_refused(tmp_pat
     assert not run.list_files()
 
 
+@pytest.mark.slow
 def test_a_torch_file_on_s3_is_imported_by_ranges(s3_url: str, s3_options: dict[str, Any]) -> None:
     """From URL to URL; nothing goes through a local file."""
     source, run = open_storage(s3_url, s3_options), open_storage(f"{s3_url}/run", s3_options)

@@ -37,13 +37,13 @@ tensors = st.dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tensors, st.one_of(st.none(), st.dictionaries(st.text(max_size=5), st.text(max_size=5), min_size=1, max_size=1)))
 def test_a_file_is_byte_for_byte_what_the_package_writes(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
 ) -> None:
-    """Order, padding, escapes of names, offsets; one entry of metadata, as the package writes several in any order (and none at all,
-    of no tensors, as broken JSON)."""
+    """Order, padding, escapes of names, offsets; one entry of metadata, as the package writes several in any order
+    (and none at all, of no tensors, as broken JSON)."""
     assert written(tensors, metadata) == save(tensors, metadata)
 
 

@@ -71,7 +71,7 @@ states = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(states)
 def test_any_nested_state_is_what_torch_saves_but_for_the_id_that_nothing_reads(state: Any) -> None:
     """Record by record, with CRC32s that hold, and of the same length."""
