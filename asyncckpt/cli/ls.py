@@ -75,7 +75,7 @@ def ls(
 def _newest(run: Run, limit: int, since_s: float | None) -> list[Glance]:
     """Read in batches, as those before `since_s` need not be."""
     shown: list[Glance] = []
-    steps = list(reversed(run.steps))
+    steps = list(run.steps)[::-1]
     for start in range(0, len(steps), 256):
         seen = look(run, steps[start : start + min(256, limit - len(shown))]).values()
         young = [one for one in seen if since_s is None or (one.head is not None and one.head.time_s >= since_s)]

@@ -186,11 +186,9 @@ def _print_head(console: Console, storage: Storage, number: int, step: OpenStep)
     head = step.manifest.head
     size, files = decimal(step.manifest.num_bytes), counted(len(step.manifest.files), "file")
     age = time_text(max(0, time.time() - head.time_s))
-    console.print(
-        f"{storage.url} step {number}: {size} in {files} of {counted(head.world_size, 'rank')}, "
-        f"committed {head.time[:19].replace('T', ' ')} UTC ({age} ago), torch {head.torch}, asyncckpt {head.asyncckpt}",
-        soft_wrap=True,
-    )
+    console.print(f"{storage.url} step {number}", soft_wrap=True)
+    console.print(f"{size} in {files} of {counted(head.world_size, 'rank')}, torch {head.torch}")
+    console.print(f"committed {head.time[:19].replace('T', ' ')} UTC ({age} ago) by asyncckpt {head.asyncckpt}")
     for name in ("metrics", "metadata"):
         if given := getattr(head, name):
             text = ", ".join(f"{key}={value!r}" for key, value in given.items())
