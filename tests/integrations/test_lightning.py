@@ -95,6 +95,18 @@ def test_both_packages_take_the_plugin(tmp_path, package):
     assert trainer.strategy.checkpoint_io is plugin
 
 
+def test_fabric_takes_the_plugin_too(tmp_path):
+    """Its `save` returns before the file is there, its `load` waits."""
+    fabric = L.Fabric(accelerator="cpu", devices=1, plugins=[AsyncckptIO()])
+    model = fabric.setup(torch.nn.Linear(2, 2))
+    fabric.save(str(tmp_path / "x.ckpt"), {"model": model, "step": 3})
+    saved = {"model": torch.nn.Linear(2, 2), "step": 0}
+    assert fabric.load(str(tmp_path / "x.ckpt"), saved) == {}
+    assert saved["step"] == 3
+    assert torch.equal(saved["model"].weight, model.weight)
+    fabric.strategy.checkpoint_io.teardown()
+
+
 def test_the_copy_is_of_one_moment_and_keeps_what_torch_save_keeps(tmp_path):
     """Later changes do not get in; ties, types and tensors in objects do."""
     plugin = AsyncckptIO()
