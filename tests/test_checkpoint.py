@@ -208,11 +208,11 @@ def test_what_is_not_there_is_told(tmp_path: pathlib.Path) -> None:
     assert open_checkpoint(str(tmp_path), 1).read("w").tolist() == [1, 1, 1]
 
 
-def test_storage_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, s3_server: Any) -> None:
-    """With what to do, and without secrets."""
-    options = s3_server.storage_options
+@pytest.mark.slow
+def test_storage_that_fails_is_told(s3_options: dict[str, Any]) -> None:
+    """A bucket that is not there, say."""
     with pytest.raises(RestoreError, match="cannot be listed"):
-        open_checkpoint("s3://no-such-bucket/run", storage_options=options)
+        open_checkpoint("s3://no-such-bucket/run", storage_options=s3_options)
 
 
 def test_an_open_checkpoint_follows_a_step_that_is_saved_anew(tmp_path: pathlib.Path) -> None:
@@ -250,6 +250,7 @@ def load_wrapped(link: Link, url: str) -> dict[str, Any]:
     return weights(model)
 
 
+@pytest.mark.slow
 def test_wrappers_do_not_change_names(two: Crew, run: tuple[str, Model]) -> None:
     """Of DDP."""
     url, model = run
@@ -257,6 +258,7 @@ def test_wrappers_do_not_change_names(two: Crew, run: tuple[str, Model]) -> None
         assert_same(weights(model), found)
 
 
+@pytest.mark.slow
 def test_each_rank_of_a_sharded_model_reads_its_part(two: Crew, run: tuple[str, Model]) -> None:
     """From what one process saved."""
     url, model = run

@@ -109,7 +109,7 @@ def test_what_is_no_index_here_is_told(index: Any, error: type[Exception], text:
         part_of((9, 8, 7), index)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_boxes_between_are_what_lies_there_each_once(data: st.DataObject) -> None:
     """Of elements of a dense payload, in any order of its dimensions."""
@@ -200,7 +200,7 @@ def part_shapes(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[int],
     return shape, edges, draw(st.permutations(range(len(shape)))), tuple(index)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(part_shapes(), st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]))
 def test_any_part_of_a_tensor_in_any_shards_is_torchs_own(
     tmp_path_factory: pytest.TempPathFactory,
@@ -244,7 +244,7 @@ def slices_of(size: int) -> st.SearchStrategy[slice]:
     return st.builds(slice, number, number, st.one_of(st.none(), st.integers(1, 5), st.just(size // 3)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(["whole", "turned", "shards"]),
     st.tuples(*(st.one_of(slices_of(size), st.integers(-size, size - 1)) for size in LARGE)),
@@ -360,7 +360,7 @@ def test_every_value_is_read_as_it_was_saved(tmp_path: pathlib.Path, folder: str
         for part in saved.path:
             here = here[part]
         assert_same(here, one)
-        if saved.shape and 0 not in saved.shape:
+        if saved.shape and 0 not in saved.shape and saved.num_bytes < 1_000_000:
             assert_equal(read_tensor(storage, step, saved.key, -1), one[-1])
             assert_equal(read_tensor(storage, step, saved.key, (..., slice(None, None, 2))), one[..., ::2])
     for name, tensor in state["model"].items():

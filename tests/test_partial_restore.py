@@ -481,7 +481,10 @@ def restore_chosen(link: Link, path: str, turned: bool, read_once: bool, planner
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("read_once", "planner"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("read_once", "planner"),
+    [(False, False), *(pytest.param(*ways, marks=pytest.mark.slow) for ways in ((True, False), (False, True)))],
+)
 def test_ranks_restore_chosen_keys_of_shards(
     two: Crew, saved_by_two: str, turned: bool, read_once: bool, planner: bool
 ) -> None:
@@ -497,7 +500,7 @@ def restore_differently(link: Link, path: str, read_once: bool) -> dict[str, byt
     return parts(target)
 
 
-@pytest.mark.parametrize("read_once", [False, True])
+@pytest.mark.parametrize("read_once", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ranks_may_choose_different_keys(two: Crew, saved_by_two: str, read_once: bool) -> None:
     """As the stages of a pipeline do."""
     first, second = two.run(restore_differently, saved_by_two, read_once)
