@@ -29,11 +29,11 @@ def told(*arguments: object, status: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
-def as_process(*arguments: object) -> subprocess.Popen[str]:
+def as_process(*arguments: object, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     """On pipes, with the packages of this checkout."""
     return subprocess.Popen(
         [sys.executable, "-m", "asyncckpt", *map(str, arguments)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

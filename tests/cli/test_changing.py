@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import Any
 
@@ -40,7 +41,7 @@ def steps_in(path: pathlib.Path) -> set[int]:
     return {int(folder.name) for folder in path.iterdir()}
 
 
-def test_prune_shows_asks_and_deletes_what_no_policy_keeps(run: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_shows_and_deletes_what_no_policy_keeps(run: pathlib.Path) -> None:
     """Nothing without a yes; never the newest, nor what another writer made."""
     policy = ["--keep-last", 1, "--keep-best", "loss", "--keep-every", "40"]
     document = told("prune", run, *policy, "--dry-run")
@@ -49,7 +50,6 @@ def test_prune_shows_asks_and_deletes_what_no_policy_keeps(run: pathlib.Path, mo
     refused = ran("prune", run, *policy)
     assert refused.exit_code == 2
     assert "add --yes" in refused.output
-    monkeypatch.setattr("asyncckpt.cli.prune.sys.stdin.isatty", lambda: True, raising=False)
     assert steps_in(run) == {7, 10, 20, 30, 40, 50, 60, 300}
     assert told("prune", run, *policy, "--yes")["deleted_files"] == 6
     assert steps_in(run) == {7, 20, 40, 50, 60, 300}
@@ -57,6 +57,22 @@ def test_prune_shows_asks_and_deletes_what_no_policy_keeps(run: pathlib.Path, mo
         assert manager.all_steps() == [20, 40, 50]
         assert manager.verify(20)
     assert ran("prune", run).exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("answer", "status", "num_left"), [("n", 1, 8), ("y", 0, 4)])
+def test_prune_asks_at_a_terminal(run: pathlib.Path, answer: str, status: int, num_left: int) -> None:
+    """A real one."""
+    ours, theirs = os.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    with as_process("prune", run, "--keep-last", 1, stdin=theirs) as process:
+        out, err = process.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert (process.returncode, err) == (status, "")
+    assert "4 steps, " in out
+    assert "Delete them? [y/N]" in out
+    assert len(steps_in(run)) == num_left
 
 
 def test_prune_takes_dead_saves_and_leaves_those_that_may_live(run: pathlib.Path) -> None:
@@ -176,10 +192,10 @@ def test_watch_follows_commits_and_prunes(tmp_path: pathlib.Path) -> None:
     """As they come."""
     with CheckpointManager(str(tmp_path), max_to_keep=1) as manager:
         manager.save(1, state(1))
-        process = as_process("watch", tmp_path, "--interval", "0.1s", "--until", 3)
-        assert process.stdout is not None
-        assert "step 1  committed" in process.stdout.readline()
-        manager.save(3, state(3))
-    out, err = process.communicate(timeout=60)
+        with as_process("watch", tmp_path, "--interval", "0.1s", "--until", 3) as process:
+            assert process.stdout is not None
+            assert "step 1  committed" in process.stdout.readline()
+            manager.save(3, state(3))
+            out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert "step 3  committed" in out

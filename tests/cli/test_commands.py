@@ -68,15 +68,15 @@ def test_a_closed_pipe_and_ctrl_c_end_it_quietly(tmp_path: pathlib.Path) -> None
     """141 and 130, as a shell has them, without a traceback."""
     with CheckpointManager(str(tmp_path)) as manager:
         manager.save(1, state(1))
-    process = as_process("watch", tmp_path, "--interval", "1h", "--json")
-    assert process.stdout is not None
-    assert json.loads(process.stdout.readline())["step"] == 1
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "interrupted\n")
-    assert process.returncode == 130
-    process = as_process("show", tmp_path, "--all")
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == ""
-    assert process.wait(60) == 141
+    with as_process("watch", tmp_path, "--interval", "1h", "--json") as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["step"] == 1
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "interrupted\n")
+        assert process.returncode == 130
+    with as_process("show", tmp_path, "--all") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
