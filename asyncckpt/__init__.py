@@ -3,6 +3,8 @@
 General layout, in the order in which a save passes through it (each module imports only what stands before it):
 
     errors, events, version           what is raised and reported
+    dcp_log                           the same in DCP's own log
+    exits                             the end of the process
     policy                            when to save, what to keep: pure decisions
     storage                           bytes at a URL: the seam, and who serves which URL
     parallel                          the same work on many things, on a few threads
@@ -44,7 +46,6 @@ General layout, in the order in which a save passes through it (each module impo
     arguments, writer                 what users pass in; the background thread
     restorer, manager                 a restore on all ranks; the order of calls
     dcp                               the same format under stock dcp.save and dcp.load
-    dcp_log                           what happened, in DCP's own log
     event_file, trace                 what happened, as lines beside the run; as a timeline
     overview, outline                 a run's steps at a glance, for people; a step's keys
     pruning, copying, differing       steps deleted by hand; copied, verified; compared
@@ -52,8 +53,8 @@ General layout, in the order in which a save passes through it (each module impo
     testing                           what every storage must do, for our tests and yours
     cli, __main__                     the command
 
-The package `stagers` copies state to host memory and knows nothing of this one. `integrations` (xla) stand last: each
-is imported by users alone, and may use all of the above.
+The package `stagers` copies state to host memory and knows nothing of this one. `integrations` (trainers, torch_xla,
+sinks) stand last: each is imported by users alone, and may use all of the above.
 """
 
 from asyncckpt.checkpoint import Checkpoint, open_checkpoint

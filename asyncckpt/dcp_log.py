@@ -1,12 +1,13 @@
 """`log_to_dcp`: an event sink that puts our phases into DCP's own log, where handlers that listen there find them.
 
 torch notes each of `dcp.save`'s phases on a logger of its own, as a dict with the fields that `_message` fills in, and
-listeners (of `torch.distributed.logging_handlers`, or added to the logger) pick them out. Opt-in,
-`CheckpointManager(..., events=[log_to_dcp])`: the fields are torch's private matter, here as in torch 2.9 to 2.13.
+listeners (of `torch.distributed.logging_handlers`, or added to the logger) pick them out. A sink of every manager;
+where nobody listens, nothing happens. The fields are torch's private matter, here as in torch 2.9 to 2.13.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from dataclasses import fields
@@ -23,6 +24,8 @@ _OWN_FIELDS = frozenset(field.name for field in fields(Event))
 
 def log_to_dcp(event: Event) -> None:
     """One message at the end of each phase that DCP has, too; its ends at DEBUG, failures as "exception" at ERROR."""
+    if all(isinstance(handler, logging.NullHandler) for handler in _dcp_logger.handlers):
+        return  # as torch leaves it
     match event:
         case Staged():
             _dcp_logger.debug(_message(event, "stage", event.stage_s))

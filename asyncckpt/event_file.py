@@ -26,6 +26,7 @@ import torch
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.events import Event
+from asyncckpt.exits import at_exit
 from asyncckpt.parallel import for_each
 from asyncckpt.storage import Storage, open_storage, redact, secrets_of
 from asyncckpt.storage_local import LocalStorage
@@ -69,7 +70,7 @@ class EventFile:
         self._lock = threading.Lock()
         self._file: LineFile | _Parts | None = None
         self._has_told = False
-        _end_at_exit(self)
+        at_exit(self, EventFile._end)  # after the manager, which is made later than its sinks
 
     def __repr__(self) -> str:
         return f"<EventFile {self._storage.url}/{FOLDER}>"
@@ -230,20 +231,6 @@ class _Parts:
             self.flush()
         except Exception as exc:
             logger.warning("the last events are not written to %s: %s", self._storage.url, exc)
-
-
-def _end_at_exit(sink: EventFile) -> None:
-    """While clients of object stores still work, as in manager.py; after the manager, which was made later than its
-    sinks and so comes first."""
-    reference, pid = weakref.ref(sink), os.getpid()
-
-    def end() -> None:
-        if (alive := reference()) is not None and os.getpid() == pid:
-            alive._end()
-
-    register: Callable[[Callable[[], None]], None] | None = getattr(threading, "_register_atexit", None)
-    if register is not None:
-        register(end)
 
 
 # -- reading

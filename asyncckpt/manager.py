@@ -25,8 +25,10 @@ from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from asyncckpt import events
 from asyncckpt.arguments import check_arguments, check_retry_timeout, check_step, finite_metrics, json_metadata
 from asyncckpt.commit import Committer, SaveJob
+from asyncckpt.dcp_log import log_to_dcp
 from asyncckpt.errors import CheckpointError, SaveError, located
 from asyncckpt.events import log_events
+from asyncckpt.exits import at_exit
 from asyncckpt.files import File, check_across_ranks, checked, take_files, with_files
 from asyncckpt.index import RunIndex
 from asyncckpt.lookup import read_value, tree_of
@@ -123,7 +125,7 @@ class CheckpointManager:
         self._storage = open_storage(
             path, storage_options, num_threads=num_of_threads, transfer=transfer, retry_timeout=retry_timeout
         )
-        self._sinks = (log_events, *events)
+        self._sinks = (log_events, log_to_dcp, *events)
         self._policy = save_policy or SaveEvery(save_interval)
         self._on_busy = on_busy
         self._safe_globals = tuple(safe_globals)
@@ -164,7 +166,7 @@ class CheckpointManager:
         self._is_released = False
         self._pid = os.getpid()
         self._owner = threading.current_thread()
-        _close_at_exit(self)
+        at_exit(self, _close_at_exit)
         weakref.finalize(self, self._writer.end).atexit = False  # else the idle thread would stay
 
     def __repr__(self) -> str:
@@ -798,19 +800,8 @@ def _tell(sinks: Iterable[events.Sink], url: str, kind: Callable[..., events.Eve
 
 
 def _close_at_exit(manager: CheckpointManager) -> None:
-    """Drain at interpreter exit, before Python stops its thread pools: a plain atexit handler would come too late for
-    fsspec's clients, which resolve names in one."""
-    reference, pid = weakref.ref(manager), os.getpid()
-
-    def drain() -> None:
-        if (alive := reference()) is not None and os.getpid() == pid:  # a forked child has no writer thread
-            with contextlib.suppress(CheckpointError):  # it was an event; raised, it would keep others from draining
-                alive._close_at_exit()
-
-    register = getattr(threading, "_register_atexit", None)
-    if register is not None:
-        with contextlib.suppress(RuntimeError):  # the main thread is over already: Python waits for this one alone
-            register(drain)
+    with contextlib.suppress(CheckpointError):  # it was an event; raised, it would keep others from draining
+        manager._close_at_exit()
 
 
 def _union(first: KeepPolicy | None, second: KeepPolicy | None) -> KeepPolicy | None:

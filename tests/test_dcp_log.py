@@ -1,4 +1,4 @@
-"""`log_to_dcp` beside DCP's own messages, for a real handler."""
+"""Our phases beside DCP's own messages, for a real handler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.logger import _dcp_logger
 
 from asyncckpt import CheckpointManager, WriteError
-from asyncckpt.dcp_log import log_to_dcp
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def test_a_save_and_a_restore_look_like_dcps_own_to_a_handler(heard, tmp_path):
     dcp.load(state, checkpoint_id=str(tmp_path / "stock"), no_dist=True)
     stock = ended(heard)
     heard.clear()
-    with CheckpointManager(tmp_path / "run", events=[log_to_dcp]) as manager:
+    with CheckpointManager(tmp_path / "run") as manager:
         manager.save(3, state)
         manager.restore(3, state)
     ours = ended(heard)
@@ -53,7 +52,7 @@ def test_a_save_and_a_restore_look_like_dcps_own_to_a_handler(heard, tmp_path):
 def test_a_failure_is_an_exception_there(heard, tmp_path):
     """At ERROR, with what it was."""
     (tmp_path / "run").mkdir()
-    with CheckpointManager(tmp_path / "run", events=[log_to_dcp]) as manager:
+    with CheckpointManager(tmp_path / "run") as manager:
         (tmp_path / "run" / "3").write_text("in the way")
         with pytest.raises(WriteError):
             manager.save(3, {"w": torch.ones(10)})

@@ -14,12 +14,12 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,17 +27,17 @@ from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME, DistributedType, gather_object, load
 
 from asyncckpt.arguments import check_step
-from asyncckpt.errors import CheckpointError, RestoreError, SaveError, StepNotFoundError
+from asyncckpt.errors import RestoreError, SaveError, StepNotFoundError
 from asyncckpt.files import File
 from asyncckpt.integrations.accelerate_data import places, set_places, track
 from asyncckpt.integrations.accelerate_weights import download, is_url, load_checkpoint_in_model, to_url
 from asyncckpt.integrations.capture import Captured, capture
+from asyncckpt.integrations.processes import on_all_ranks
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.policy import KeepPolicy
 from asyncckpt.storage import Storage, open_storage
 
 __all__ = ["SavedState", "attach", "load_checkpoint_in_model"]
-T = TypeVar("T")
 _NUMBERED = re.compile(r"(?:checkpoint_)?(0|[1-9][0-9]*)")
 _PLAIN_NUMBERED = re.compile(r"checkpoint_(0|[1-9][0-9]*)/random_states_0\.pkl")
 _RANDOM_STATES = re.compile(r"random_states_(\d+)\.pkl")
@@ -172,7 +172,7 @@ class _Attached:
             files.update((_name_on(self._rank, name), file) for name, file in captured.files().items())
             return list(files)
 
-        names = self._on_all_ranks(take, SaveError)
+        names = on_all_ranks(take, self._manager.url, SaveError)
         # What several ranks write is the same (scaler.pt), or meant for one of them: the lowest one's is kept.
         taken = set().union(*names[: self._rank])
         return {name: file for name, file in files.items() if name not in taken}
@@ -211,7 +211,7 @@ class _Attached:
             number, names = self._fetch(input_dir, scratch)
             self._accelerator.wait_for_everyone()  # what is shared is there
             saved_ranks = sum(_RANDOM_STATES.fullmatch(name) is not None for name in names)
-            self._on_all_ranks(partial(self._lay_out, scratch, saved_ranks))
+            on_all_ranks(partial(self._lay_out, scratch, saved_ranks), self._manager.url)
             self._load_state(scratch.folder, load_kwargs, **kwargs)
             self._reload_scaler(scratch.folder)
             if (saved := scratch.read_places(self._rank)) is not None:
@@ -228,11 +228,11 @@ class _Attached:
             input_dir = self._newest_plain()
         base, number = self._place(input_dir)
         if (storage := self._plain(input_dir, base, number)) is not None:
-            self._on_all_ranks(partial(download, storage, scratch.shared, scratch.wants))
+            on_all_ranks(partial(download, storage, scratch.shared, scratch.wants), storage.url)
             return number if base == f"{self._root}/checkpoints" else None, storage.list_files()
         manager = self._manager_at(base)
         step = number if number is not None else manager.latest_step() or 0
-        self._on_all_ranks(partial(manager.fetch, step, scratch.shared, scratch.wants))
+        on_all_ranks(partial(manager.fetch, step, scratch.shared, scratch.wants), manager.url)
         return number if manager is self._manager else None, manager.files(step)
 
     def _newest_plain(self) -> str:
@@ -328,23 +328,6 @@ class _Attached:
             self._elsewhere = CheckpointManager(base, **self._options)
             self._elsewhere_base = base
         return self._elsewhere
-
-    def _on_all_ranks(self, work: Callable[[], T], kind: type[CheckpointError] = RestoreError) -> list[T]:
-        """What `work` gives on each rank. If it fails on one, all raise, the others a `kind`."""
-        if self._num_ranks == 1:
-            return [work()]
-        result, failure = None, None
-        try:
-            result = work()
-        except Exception as exc:
-            failure = exc
-        told = gather_object([(result, f"{type(failure).__name__}: {failure}" if failure else "")])
-        if failure is not None:
-            raise failure
-        for rank, (_, text) in enumerate(told):
-            if text:
-                raise kind(f"rank {rank} failed, so nothing was done here: {text}", url=self._manager.url, rank=rank)
-        return [result for result, _ in told]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from asyncckpt import events
 from asyncckpt.dcp import ShardReader, ShardWriter
 from asyncckpt.errors import DamagedStepError, WriteError
 from asyncckpt.events import Sink, log_events
+from asyncckpt.exits import at_exit
 from asyncckpt.storage import Storage, open_storage, redact
 from asyncckpt.torch_file import TorchFile
 from asyncckpt.writer import BackgroundWriter
@@ -279,7 +280,7 @@ class _Saves:
         self._claims: Counter[str] = Counter()
         self._folders: set[str] = set()
         self._sequence = 0
-        _drain_at_exit(self)
+        at_exit(self, lambda saves: saves.writer.join())  # for saves after `fit`, which no `teardown` follows
 
     def save(self, path: str, step: int, stage: Stage) -> None:
         save = _Save(path, time.perf_counter())
@@ -581,18 +582,3 @@ def _is_local(path: Path) -> bool:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _drain_at_exit(saves: _Saves) -> None:
-    """For saves after `fit`, which no `teardown` follows. Before Python stops its thread pools: a plain atexit handler
-    would come too late for fsspec's clients, which resolve names in one."""
-    reference, pid = weakref.ref(saves), os.getpid()
-
-    def drain() -> None:
-        if (alive := reference()) is not None and os.getpid() == pid:  # a forked child has no writer thread
-            alive.writer.join()
-
-    register = getattr(threading, "_register_atexit", None)
-    if register is not None:
-        with suppress(RuntimeError):  # the main thread is over already: Python waits for this one alone
-            register(drain)

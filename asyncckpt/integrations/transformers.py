@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -37,6 +37,7 @@ from asyncckpt.fetch import fetch_files
 from asyncckpt.files import File
 from asyncckpt.integrations.accelerate_weights import download, is_url, to_url
 from asyncckpt.integrations.capture import capture
+from asyncckpt.integrations.processes import on_all_ranks
 from asyncckpt.manager import CheckpointManager
 from asyncckpt.policy import CommittedStep
 from asyncckpt.steps import read_listing, summarise
@@ -46,7 +47,6 @@ _BEST = "best_step"  # among the metrics of a step: the best one of those saved 
 _A_STEP = re.compile(rf"(.+)/(?:{PREFIX_CHECKPOINT_DIR}-)?([0-9]+)")
 _LOCAL_OUTPUT = "trainer_output"  # transformers' own default
 _NOT_OF_MODEL = ("optimizer", "rng_state")
-T = TypeVar("T")
 
 
 class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers (pyproject.toml)
@@ -211,7 +211,7 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
                 self._fetch_on_all_nodes(manager, step, folder, _everything)
             elif manager.fetch_latest(folder, _everything if self._fetches else _nothing) is None:
                 return self._nothing_at(run, resume)
-        best = self._on_all_ranks(partial(self._take_best, folder))[0]
+        best = on_all_ranks(partial(self._take_best, folder), run)[0]
         self._best_step = best if run == self._url and best in self.checkpoints.all_steps() else None
         return folder
 
@@ -267,24 +267,7 @@ class CheckpointMixin(Trainer):  # type: ignore[misc]  # mypy skips transformers
     def _fetch_on_all_nodes(
         self, manager: CheckpointManager, step: int, folder: str, select: Callable[[str], bool]
     ) -> None:
-        self._on_all_ranks(partial(manager.fetch, step, folder, select) if self._fetches else lambda: None)
-
-    def _on_all_ranks(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives on each rank. If it fails on one, all raise."""
-        result, failure = None, None
-        try:
-            result = work()
-        except Exception as exc:
-            failure = exc
-        told = gather_object([(result, f"{type(failure).__name__}: {failure}" if failure else "")])
-        if failure is not None:
-            raise failure
-        for rank, (_, text) in enumerate(told):
-            if text:
-                raise RestoreError(
-                    f"rank {rank} could not fetch a checkpoint: {text}", url=self.checkpoints.url, rank=rank
-                )
-        return [result for result, _ in told]
+        on_all_ranks(partial(manager.fetch, step, folder, select) if self._fetches else lambda: None, manager.url)
 
     def _of_this_rank(self, files: dict[str, File | bytes]) -> dict[str, File | bytes]:
         """Without those that a lower rank gives, too: hooks of users may write the same on all ranks."""
