@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import typer.main
 
 import asyncckpt
 import stagers
 from asyncckpt import CheckpointError, Event
+from asyncckpt.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +29,11 @@ def python_blocks() -> list[str]:
     """The Python snippets, each behind as many empty lines as precede it, so that a traceback tells README's lines."""
     blocks = re.finditer(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     return ["\n" * README.count("\n", 0, block.start(1)) + block[1] for block in blocks]
+
+
+def is_of_a_trainer(block: str) -> bool:
+    """Those run by themselves: tests/integrations/test_readme.py."""
+    return re.search(r"^(?:import|from) (?:accelerate|transformers|lightning)\b", block, re.MULTILINE) is not None
 
 
 def shell_lines() -> list[str]:
@@ -64,7 +71,8 @@ def test_every_snippet_runs_after_those_above_it(monkeypatch: pytest.MonkeyPatch
     names: dict[str, Any] = {}
     try:
         for block in python_blocks():
-            run(block, names)
+            if not is_of_a_trainer(block):
+                run(block, names)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -73,7 +81,7 @@ def test_every_snippet_runs_after_those_above_it(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_the_snippet_for_ranks_runs_under_torchrun_and_resumes(tmp_path: Path):
     """Two ranks for one epoch, then for the rest of two."""
-    (block,) = [block for block in python_blocks() if "init_process_group" in block]
+    (block,) = [block for block in python_blocks() if "DistributedSampler" in block]
     header = "import torch\nfrom asyncckpt import CheckpointManager, TrainState\n"
     script = tmp_path / "train.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -99,6 +107,12 @@ def test_every_command_is_there():
             assert extra in PROJECT["project"]["optional-dependencies"], line
     markers = {marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
     assert set(re.findall(r"-m (\w+)", README)) <= markers
+
+
+def test_every_command_of_the_shell_is_there():
+    """In the section of its own."""
+    for name in typer.main.get_command(app).commands:
+        assert f"    asyncckpt {name} " in README, name
 
 
 def test_every_file_and_test_that_is_named_is_there():
