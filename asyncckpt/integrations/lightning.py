@@ -1,9 +1,9 @@
 """Lightning: `Trainer(plugins=[AsyncckptIO()])`, of `lightning` or `pytorch_lightning`, saves in the background.
 
 The checkpoint stays what it is to Lightning: one `.ckpt` file in torch.save's format under the name that Lightning
-chose, in a folder or at a URL, which Lightning without this plugin reads. `ShardedSaves` does the same for strategies
-whose checkpoints are folders of DCP files (ModelParallelStrategy, FSDPStrategy with state_dict_type="sharded").
-When to save and what to keep is ModelCheckpoint's affair. Called by Lightning's strategies; imports neither package.
+chose, in a folder or at a URL, which Lightning without this plugin reads. Strategies whose checkpoints are folders save
+by lightning_sharded.py, through this plugin. When to save and what to keep is ModelCheckpoint's affair. Called by
+Lightning's strategies; imports neither package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import IO, Any, TypeAlias
 
 import torch
@@ -28,19 +27,8 @@ import torch.distributed as dist
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from asyncckpt import events
-from asyncckpt.dcp import ShardReader, ShardWriter
 from asyncckpt.errors import DamagedStepError, WriteError
 from asyncckpt.events import Sink, log_events
 from asyncckpt.exits import at_exit
@@ -50,7 +38,7 @@ from asyncckpt.writer import BackgroundWriter
 from stagers import BlockingAsyncStager
 from stagers.base import StagedSnapshot
 
-__all__ = ["AsyncckptIO", "ShardedSaves", "newest_checkpoint"]
+__all__ = ["AsyncckptIO", "newest_checkpoint"]
 
 Path: TypeAlias = str | os.PathLike[str]
 Write: TypeAlias = Callable[[], int]
@@ -58,9 +46,7 @@ Write: TypeAlias = Callable[[], int]
 
 Stage: TypeAlias = Callable[[BlockingAsyncStager], tuple[StagedSnapshot, Write]]
 
-_REST = "lightning_checkpoint"
-"""The key in a sharded checkpoint of what is neither model nor optimizer, as the bytes of a file of torch.save."""
-_META = "meta.pt"
+META = "meta.pt"
 """What Lightning looks for in a folder, to know a checkpoint of a sharded strategy."""
 _ZIP = b"PK\x03\x04"
 
@@ -91,7 +77,7 @@ class AsyncckptIO:
         if max_pending_async < 1:
             raise ValueError(f"max_pending_async must be at least 1, not {max_pending_async}")
         self._max_pending = max_pending_async
-        self._storage_options = dict(storage_options or {})
+        self.storage_options = dict(storage_options or {})
         self._sinks = (log_events, *events)
         self._storages: dict[str, Storage] = {}
         self._saves: _Saves | None = None
@@ -122,7 +108,7 @@ class AsyncckptIO:
         self.save_staged(path, int(checkpoint.get("global_step", -1)), stage)
 
     def save_staged(self, path: Path, step: int, stage: Stage) -> None:
-        """Queue what `stage` prepares; the snapshot is released when it is written. For `ShardedSaves`."""
+        """Queue what `stage` prepares; the snapshot is released when it is written. For lightning_sharded.py."""
         self._begun().save(os.fspath(path), step, stage)
         if not _is_local(path):
             # ModelCheckpoint asks this thread's own filesystem what is there, which may have listed the folder before.
@@ -167,39 +153,6 @@ class AsyncckptIO:
             saves.close()
             saves.writer.raise_failures()
 
-    def write_sharded(
-        self, path: str, state: dict[str, Any], meta: bytes, group: Any, storage_options: Mapping[str, Any] | None
-    ) -> None:
-        """On the writer threads of all ranks, for `ShardedSaves`. meta: of rank 0, else empty."""
-        options = self._storage_options | dict(storage_options or {})
-        storage = open_storage(path, options)
-        if meta:
-            state[_REST] = torch.frombuffer(bytearray(meta), dtype=torch.uint8)
-            storage.delete([_META])  # it would go with the new weights for a moment
-        save(state, storage_writer=ShardWriter(path, storage_options=options), process_group=group)
-        if meta:
-            storage.replace(_META, meta)
-
-    def read_sharded_rest(self, path: str, weights_only: bool | None) -> dict[str, Any] | None:
-        """All but the weights and the optimizers of a checkpoint of `ShardedSaves`; None if it is something else."""
-        storage, name = self._open(path, None)
-        try:
-            if not storage.list_files(name):
-                return None
-        except NotADirectoryError:
-            return None
-        entry = self.sharded_reader(path).read_metadata().state_dict_metadata.get(_REST)
-        if not isinstance(entry, TensorStorageMetadata):
-            return None
-        rest = {_REST: torch.empty(entry.size, dtype=torch.uint8)}
-        load(rest, storage_reader=self.sharded_reader(path))
-        file = io.BytesIO(rest[_REST].numpy().tobytes())
-        loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only)
-        return loaded
-
-    def sharded_reader(self, path: str) -> ShardReader:
-        return ShardReader(path, storage_options=self._storage_options)
-
     def _begun(self) -> _Saves:
         if self._saves is None:
             self._saves = _Saves(self._max_pending, self._sinks)
@@ -210,9 +163,9 @@ class AsyncckptIO:
         name = os.fspath(path).rpartition("/")[2]
         folder = os.fspath(path).removesuffix(name) or "."
         if storage_options:
-            return open_storage(folder, self._storage_options | dict(storage_options)), name
+            return open_storage(folder, self.storage_options | dict(storage_options)), name
         if folder not in self._storages:
-            self._storages[folder] = open_storage(folder, self._storage_options)
+            self._storages[folder] = open_storage(folder, self.storage_options)
         return self._storages[folder], name
 
     @contextmanager
@@ -222,7 +175,7 @@ class AsyncckptIO:
                 yield file
             return
         # A filesystem of its own, as those that are shared may have listed the folder before the file was replaced.
-        filesystem, full = url_to_fs(os.fspath(path), skip_instance_cache=True, **self._storage_options)
+        filesystem, full = url_to_fs(os.fspath(path), skip_instance_cache=True, **self.storage_options)
         size = int(filesystem.size(full))
         content = io.BytesIO()
         content.truncate(size)
@@ -242,12 +195,12 @@ def newest_checkpoint(dirpath: Path, storage_options: Mapping[str, Any] | None =
     # A filesystem of its own: shared ones keep listings.
     filesystem, root = url_to_fs(os.fspath(dirpath), skip_instance_cache=True, **(storage_options or {}))
     try:
-        files = [path for path in filesystem.find(root) if path.endswith((".ckpt", f".ckpt/{_META}"))]
+        files = [path for path in filesystem.find(root) if path.endswith((".ckpt", f".ckpt/{META}"))]
     except FileNotFoundError:
         return None
     if not files:
         return None
-    newest = str(max(files, key=filesystem.modified)).removesuffix(f"/{_META}")
+    newest = str(max(files, key=filesystem.modified)).removesuffix(f"/{META}")
     return os.fspath(dirpath).rstrip("/") + newest.removeprefix(root.rstrip("/"))
 
 
@@ -385,97 +338,6 @@ class _Saves:
         events.emit(self._sinks, kind(url=redact(path), step=step, rank=_rank(), time_s=time.time(), **values))
 
 
-# -- sharded strategies
-
-
-class ShardedSaves:
-    """Makes a strategy of Lightning's save its shards in the background, through `AsyncckptIO`, to any URL:
-
-        class Sharded(ShardedSaves, ModelParallelStrategy): ...
-        trainer = Trainer(strategy=Sharded(), plugins=[AsyncckptIO()])
-
-    for `ModelParallelStrategy` (save_distributed_checkpoint=True) and `FSDPStrategy` (state_dict_type="sharded"), which
-    otherwise bypass the plugin. The checkpoint is a folder: a DCP checkpoint of asyncckpt's, committed when all ranks
-    are durable, which holds the rest of Lightning's checkpoint, too, and, after that, `meta.pt`, by which Lightning
-    without this class knows and reads a local one. Other shardings and numbers of ranks may load it. Full checkpoints
-    go to the plugin as ever. A rank that waits for others gives up after `GROUP_TIMEOUT`. Tested with FSDP2 on the CPU;
-    FSDPStrategy refuses to run there.
-    """
-
-    GROUP_TIMEOUT = timedelta(minutes=10)
-
-    _group: dist.ProcessGroup | None = None
-
-    def save_checkpoint(self: Any, checkpoint: dict[str, Any], filepath: Path, storage_options: Any = None) -> None:
-        plugin = self._plugin()
-        if not self._is_sharding():
-            if self.is_global_zero:
-                plugin.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            return
-        path = self.broadcast(os.fspath(filepath))
-        state = {self._model_key(): checkpoint.pop("state_dict")}
-        state |= {f"optimizer_{i}": each for i, each in enumerate(checkpoint.pop("optimizer_states", []))}
-        group = self._own_group()
-
-        def stage(stager: BlockingAsyncStager) -> tuple[StagedSnapshot, Write]:
-            snapshot, rest = staged_copy(stager, checkpoint, state)
-            try:
-                meta = b"".join(TorchFile(rest).views()) if self.global_rank == 0 else b""
-            except BaseException:
-                snapshot.release()
-                raise
-
-            def write() -> int:
-                plugin.write_sharded(path, snapshot.state_dict["apart"], meta, group, storage_options)
-                return snapshot.num_bytes
-
-            return snapshot, write
-
-        plugin.save_staged(path, int(checkpoint.get("global_step", -1)), stage)
-
-    def load_checkpoint(self: Any, checkpoint_path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-        plugin: AsyncckptIO = self._plugin()
-        plugin.drain()
-        path = self.broadcast(os.fspath(checkpoint_path))
-        rest = plugin.read_sharded_rest(path, weights_only)
-        if rest is None:  # one file, or Lightning's own folder
-            loaded: dict[str, Any] = super().load_checkpoint(path, weights_only=weights_only)  # type: ignore[misc]
-            return loaded
-        model, strict = self.model, self.lightning_module.strict_loading
-        weights = {self._model_key(): get_model_state_dict(model)}
-        load(weights, storage_reader=plugin.sharded_reader(path))
-        set_model_state_dict(model, weights[self._model_key()], options=StateDictOptions(strict=strict))
-        for i, optimizer in enumerate(self.optimizers):
-            state = {f"optimizer_{i}": get_optimizer_state_dict(model, optimizer)}
-            load(state, storage_reader=plugin.sharded_reader(path))
-            set_optimizer_state_dict(model, optimizer, state[f"optimizer_{i}"])
-        return rest
-
-    def teardown(self: Any) -> None:
-        try:
-            self._plugin().teardown()  # ModelParallelStrategy does not
-        finally:
-            super().teardown()  # type: ignore[misc]
-
-    def _plugin(self: Any) -> AsyncckptIO:
-        if not isinstance(self.checkpoint_io, AsyncckptIO):
-            raise TypeError(f"{type(self).__name__} needs Trainer(plugins=[AsyncckptIO()])")
-        return self.checkpoint_io
-
-    def _is_sharding(self: Any) -> bool:
-        # ModelParallelStrategy's, FSDPStrategy's
-        return getattr(self, "_save_distributed_checkpoint", getattr(self, "_state_dict_type", "")) in (True, "sharded")
-
-    def _model_key(self: Any) -> str:
-        return "model" if hasattr(self, "_state_dict_type") else "state_dict"  # FSDPStrategy's, ModelParallelStrategy's
-
-    def _own_group(self) -> dist.ProcessGroup | None:
-        """For the writer threads of all ranks, which use no other: two threads on one group would wait for ever."""
-        if self._group is None and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=self.GROUP_TIMEOUT)
-        return self._group
-
-
 # -- a copy of one moment
 
 
@@ -562,7 +424,7 @@ def _delete(storage: Storage, name: str) -> None:
     with suppress(IsADirectoryError):
         storage.delete([name])
     files = storage.list_files(name)
-    for first in (f"{name}/{_META}", f"{name}/manifest-"):
+    for first in (f"{name}/{META}", f"{name}/manifest-"):
         storage.delete([path for path in files if path.startswith(first)])
     storage.delete(files)
 

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import asyncckpt.dcp
-from asyncckpt.integrations.lightning import AsyncckptIO, ShardedSaves
+from asyncckpt.integrations.lightning import AsyncckptIO
+from asyncckpt.integrations.lightning_sharded import ShardedSaves
 from tests.integrations.lightning_script import Model, make_loader, make_trainer
 
 
