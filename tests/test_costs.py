@@ -6,6 +6,7 @@ Times are measured by scripts/bench and never asserted.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import pathlib
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.logger import _dcp_logger
 
 from asyncckpt import CheckpointManager
 from asyncckpt.testing import RecordingStorage
@@ -68,6 +70,13 @@ def live_objects() -> Counter[str]:
     return Counter(type(one).__qualname__ for one in gc.get_objects())
 
 
+@pytest.fixture
+def _dcps_log_as_torch_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest listens to loggers that do not propagate, too, and keeps what it hears."""
+    monkeypatch.setattr(_dcp_logger, "handlers", [logging.NullHandler()])
+
+
+@pytest.mark.usefixtures("_dcps_log_as_torch_leaves_it")
 @pytest.mark.parametrize("stager", [BlockingAsyncStager, OverlappingAsyncStager])
 def test_saves_leave_no_objects_behind(tmp_path: pathlib.Path, stager: type[BlockingAsyncStager]) -> None:
     """After forty saves more, two of which are kept, there are no more of any type, hardly more allocations."""
