@@ -55,7 +55,7 @@ def test_events_come_back_as_what_they_were(any_url: tuple[str, dict[str, Any]])
     assert (str(log.events[-1].error), log.events[-1].phase) == ("OSError: no space", "write")
 
 
-@pytest.mark.parametrize("where", ["folder", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.mark.parametrize("where", ["folder", pytest.param("s3", marks=[pytest.mark.s3, pytest.mark.slow])])
 def test_nothing_takes_them_for_a_step_or_clears_them_away(where: str, request: pytest.FixtureRequest) -> None:
     """Not the constructor, retention, the tidying after another run, nor a sweep."""
     url = str(request.getfixturevalue("tmp_path")) if where == "folder" else request.getfixturevalue("s3_url")
@@ -100,6 +100,7 @@ manager.save_async(3, {"w": torch.zeros(10)})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_a_process_that_ends_without_close_leaves_all_events(s3_url: str, s3_options: dict[str, Any]) -> None:
     """Also those of the save that the manager finishes at the end."""

@@ -55,6 +55,7 @@ def test_every_way_in_which_a_key_may_differ(tmp_path: pathlib.Path) -> None:
     assert told("diff", f"{tmp_path}@1", "@2", "--keys", "same")["equal"] == 1
 
 
+@pytest.mark.slow
 def test_other_pieces_and_other_writers_are_compared_by_value(tmp_path: pathlib.Path) -> None:
     """Stock DCP has no checksums of ours; max |A-B| of tensors larger than a piece."""
     weights = {"w": torch.randn(5_000_000), "n": torch.ones(2)}
