@@ -227,7 +227,9 @@ class _Attached:
                 return number, self._manager.files(number)
             input_dir = self._newest_plain()
         base, number = self._place(input_dir)
-        if (storage := self._plain(input_dir, base, number)) is not None:
+        plain = on_all_ranks(partial(self._plain, input_dir, base, number), self._manager.url)[self._rank]
+        if plain is not None:
+            storage = self._storage(plain)
             on_all_ranks(partial(download, storage, scratch.shared, scratch.wants), storage.url)
             return number if base == f"{self._root}/checkpoints" else None, storage.list_files()
         manager = self._manager_at(base)
@@ -238,7 +240,7 @@ class _Attached:
     def _newest_plain(self) -> str:
         """Of those that plain Accelerate saved before, by number."""
         folder = f"{self._root}/checkpoints"
-        names = open_storage(folder, self._options["storage_options"] if is_url(folder) else None).list_files()
+        names = on_all_ranks(partial(self._listed, folder), self._manager.url)[self._rank]
         found = [int(match[1]) for match in map(_PLAIN_NUMBERED.fullmatch, names) if match]
         if not found:
             raise StepNotFoundError(
@@ -247,14 +249,27 @@ class _Attached:
             )  # fmt: skip
         return f"{folder}/checkpoint_{max(found)}"
 
-    def _plain(self, given: str | os.PathLike[str], base: str, number: int | None) -> Storage | None:
+    def _plain(self, given: str | os.PathLike[str], base: str, number: int | None) -> str | None:
         """The folder, if plain Accelerate saved to it."""
         for path in (os.path.expanduser(given), base if number is None else f"{base}/checkpoint_{number}"):
-            if is_url(path) or os.path.isdir(path):
-                storage = open_storage(path, self._options["storage_options"] if is_url(path) else None)
-                if any(map(_RANDOM_STATES.fullmatch, storage.list_files())):
-                    return storage
+            is_there = is_url(path) or os.path.isdir(path)
+            if is_there and any(map(_RANDOM_STATES.fullmatch, self._listed(path))):
+                return path
         return None
+
+    def _listed(self, folder: str) -> list[str]:
+        storage = self._storage(folder)
+        try:
+            return list(storage.list_files())
+        except OSError as exc:
+            raise RestoreError(
+                f"{storage.url} cannot be listed: {exc}. Nothing was loaded. Check the path, that the bucket exists, "
+                "and the permissions.",
+                url=storage.url,
+            ) from exc
+
+    def _storage(self, folder: str) -> Storage:
+        return open_storage(folder, self._options["storage_options"] if is_url(folder) else None)
 
     def _lay_out(self, scratch: _Scratch, saved_ranks: int) -> None:
         """What Accelerate is to load, if it can be. It passes over random states that it cannot read."""

@@ -17,7 +17,7 @@ from typing import Any
 import accelerate
 
 from asyncckpt.errors import RestoreError, WriteError
-from asyncckpt.files import BytesFile, File, FileContent
+from asyncckpt.files import BytesFile, File
 from asyncckpt.integrations.capture import capture
 from asyncckpt.storage import Storage, open_storage
 from stagers import BlockingAsyncStager
@@ -52,7 +52,7 @@ def _upload(storage: Storage, files: Mapping[str, File | bytes], replaces: bool)
         for name in sorted(files, key=lambda name: name.endswith(".json")):  # an index when all is there
             file = files[name]
             content = BytesFile(file) if isinstance(file, bytes) else file.format(staged.state_dict[name])
-            _write(storage, name, content)
+            storage.replace_file(name, content.size, iter(content.views()))
         if replaces:
             storage.delete([name for name in storage.list_files() if _WEIGHTS.fullmatch(name) and name not in files])
     except OSError as exc:
@@ -64,11 +64,6 @@ def _upload(storage: Storage, files: Mapping[str, File | bytes], replaces: bool)
     finally:
         staged.release()
         stager.close()
-
-
-def _write(storage: Storage, name: str, content: FileContent) -> None:
-    storage.delete([name])  # a storage writes only new files
-    storage.write_file(name, content.size, iter(content.views()))
 
 
 def load_checkpoint_in_model(

@@ -116,6 +116,7 @@ def main() -> None:
     weights = hashlib.sha256()
     for value in accelerator.get_state_dict(model).values():
         weights.update(value.numpy().tobytes())
+    accelerator.checkpoints.join()
     told = {"seen": seen, "weights": weights.hexdigest(), "steps": accelerator.checkpoints.all_steps()}
     options.out.with_suffix(f".{rank}").write_text(json.dumps(told))
     accelerator.end_training()
