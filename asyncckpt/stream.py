@@ -28,11 +28,12 @@ from asyncckpt.safetensors_file import Kind
 from asyncckpt.shard import VIEW_BYTES
 from asyncckpt.storage import Storage
 
-PIECE_BYTES = 16 << 20
-"""A guess: some ranges of an object store at once, and a few pieces in a CPU's cache. In blocks of BLOCK_BYTES."""
-BUDGET_BYTES = 8 * PIECE_BYTES
+PIECE_BYTES = BLOCK_BYTES
+"""What one thread reads and verifies at once. With four times as much a folder is read by threads of its own for each
+piece: 1 GB then took 0.37 s in place of 0.22 s, and a restore 0.15 s (2 cores)."""
+BUDGET_BYTES = 32 * PIECE_BYTES
 """Of pieces that are read ahead, and that storage still writes."""
-READERS = 3  # pieces that are read at once, so that the end of one does not leave the line empty
+READERS = 6  # pieces that are read at once: requests in flight, where they take long
 PAGE_BYTES = 4096
 
 
