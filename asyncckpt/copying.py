@@ -11,9 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -28,11 +26,11 @@ from asyncckpt.parallel import for_each
 from asyncckpt.restore import open_step, read_manifest
 from asyncckpt.steps import DCP_METADATA, DEAD_MARK, StepFiles, attempt_name, attempt_sequence, summarise
 from asyncckpt.storage import Storage
+from asyncckpt.stream import file_views
 from asyncckpt.verify import find_damage
 
-PIECE_BYTES = 8 << 20
 FILES_AT_ONCE = 4
-_AHEAD = 2  # with both of the above the memory that a copy takes beside what the target's client holds: 100 MiB
+"""With what `file_views` reads ahead of each the memory of a copy, beside what the target holds: 112 MiB."""
 
 Tell = Callable[[int], None]
 
@@ -228,30 +226,10 @@ def _checked(storage: Storage, path: str, file: FileRecord, tell: Tell) -> Itera
 
 
 def _pieces(storage: Storage, path: str, size: int, tell: Tell) -> Iterator[memoryview]:
-    """A file in order, some pieces read ahead. Each has memory of its own: a writer may keep it."""
-
-    def read(start: int) -> memoryview:
-        view = memoryview(bytearray(min(PIECE_BYTES, size - start)))
-        try:
-            storage.read_into(path, [(start, view)])
-        except EOFError as exc:
-            raise DamagedStepError(f"{path} at {storage.url} was cut short: {exc}", url=storage.url) from exc
-        return view
-
-    starts = iter(range(0, size, PIECE_BYTES))
-    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="asyncckpt-copy") as pool:
-        ahead: deque[Future[memoryview]] = deque()
-        try:
-            for start in starts:
-                ahead.append(pool.submit(read, start))
-                if len(ahead) > _AHEAD:
-                    view = ahead.popleft().result()
-                    yield view
-                    tell(len(view))
-            while ahead:
-                view = ahead.popleft().result()
-                yield view
-                tell(len(view))
-        finally:
-            for future in ahead:
-                future.cancel()
+    """A file in order, some pieces read ahead. A writer may keep what it gets."""
+    try:
+        for view in file_views(storage, path, size):
+            yield view
+            tell(len(view))
+    except EOFError as exc:
+        raise DamagedStepError(f"{path} at {storage.url} was cut short: {exc}", url=storage.url) from exc

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from asyncckpt.boxes import Boxes
+from asyncckpt.boxes import boxes_of
 from asyncckpt.chunks import Chunk, payload_bytes_of
 from asyncckpt.errors import DamagedStepError
 from asyncckpt.framing import BLOCK_BYTES
@@ -25,7 +25,6 @@ from asyncckpt.read import carry_out, direct_reads
 from asyncckpt.read_whole import find_whole, read_whole
 from asyncckpt.restore import PASS_OVER, OpenStep, join, prepare, read
 from asyncckpt.safetensors_file import Kind
-from asyncckpt.shard import VIEW_BYTES
 from asyncckpt.storage import Storage
 
 PIECE_BYTES = BLOCK_BYTES
@@ -146,8 +145,7 @@ def chunks_of(step: OpenStep, key: str) -> list[Chunk]:
     if step.manifest is None:
         return []
     chunks = step.manifest.chunks
-    boxes = step.keys.kept.get("boxes", (chunks,), lambda: Boxes(chunks))
-    return [chunks[number] for number in boxes.numbers_of(key)]
+    return [chunks[number] for number in boxes_of(step.keys, chunks).numbers_of(key)]
 
 
 def _start_in(kind: Kind, chunk: Chunk) -> int | None:
@@ -205,13 +203,13 @@ def read_into(storage: Storage, step: OpenStep, tensors: Mapping[str, torch.Tens
 
 
 def file_views(storage: Storage, path: str, size: int) -> Iterator[memoryview]:
-    """A file's bytes, read ahead; the last of `size` stand in the last view. Raises EOFError, OSError."""
-    buffers = Buffers(VIEW_BYTES)
-    starts = deque(range(0, size, VIEW_BYTES))
+    """A file's bytes, read ahead. Memory: some pieces, and what the consumer keeps. Raises EOFError, OSError."""
+    buffers = Buffers(PIECE_BYTES)
+    starts = deque(range(0, size, PIECE_BYTES))
     reading: deque[Future[memoryview]] = deque()
 
     def read_view(start: int) -> memoryview:
-        view = buffers.take(min(VIEW_BYTES, size - start), 0)
+        view = buffers.take(min(PIECE_BYTES, size - start), 0)
         storage.read_into(path, [(start, view)])
         return view
 

@@ -20,9 +20,9 @@ from asyncckpt.errors import RestoreError, WriteError
 from asyncckpt.files import BytesFile, File
 from asyncckpt.integrations.capture import capture
 from asyncckpt.storage import Storage, open_storage
+from asyncckpt.stream import file_views
 from stagers import BlockingAsyncStager
 
-PIECE_BYTES = 64 * 1024 * 1024
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5,}-of-\d{5,})?\.(safetensors|bin)|[^\s/]+\.index\.json")
 
 
@@ -98,10 +98,7 @@ def download(storage: Storage, folder: str, select: Callable[[str], bool]) -> No
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(target, "wb") as file:
-                buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
-                for at in range(0, size, PIECE_BYTES):
-                    view = buffer[: min(PIECE_BYTES, size - at)]
-                    storage.read_into(name, [(at, view)])
+                for view in file_views(storage, name, size):
                     file.write(view)
     except (OSError, EOFError) as exc:
         raise RestoreError(f"{storage.url} could not be read: {exc}. Nothing was changed.", url=storage.url) from exc
