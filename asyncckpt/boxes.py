@@ -15,7 +15,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
-from asyncckpt.chunks import ChunkTable, Numbers
+from asyncckpt.chunks import ChunkTable, Keys, Numbers
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Classes whose memory is what they hold."""
@@ -24,8 +24,14 @@ Pieces = Sequence[tuple[int, torch.Tensor]]
 """(number of a chunk, the part of the target that it fills)"""
 
 
+def boxes_of(keys: Keys, chunks: ChunkTable) -> Boxes:
+    """Kept with the keys: an export asks for some at a time."""
+    found: Boxes = keys.kept.get("boxes", (chunks,), lambda: Boxes(chunks))
+    return found
+
+
 class Boxes:
-    """Of the chunks of one step. Kept with its keys."""
+    """Of the chunks of one step."""
 
     def __init__(self, chunks: ChunkTable) -> None:
         self._place = chunks.placement

@@ -15,6 +15,7 @@ from torch import nn
 
 from asyncckpt.errors import RestoreError, StepNotFoundError
 from asyncckpt.lookup import look, read_value, tree_of
+from asyncckpt.manifest import Head
 from asyncckpt.restore import OpenStep, join
 from asyncckpt.steps import DCP_METADATA, StepFiles, read_listing, read_step_files, summarise
 from asyncckpt.storage import Storage, open_storage
@@ -87,19 +88,23 @@ class Checkpoint:
     @property
     def step(self) -> int | None:
         """None: the folder of a step of stock DCP, whose index does not say."""
-        manifest = self._look(lambda step: step).manifest
-        return manifest.head.step if manifest else int(self.folder) if self.folder else None
+        if (head := self._head) is not None:
+            return head.step
+        return int(self.folder) if self.folder else None
 
     @property
     def metadata(self) -> Mapping[str, Any]:
         """What the user gave when it was saved."""
-        manifest = self._look(lambda step: step).manifest
-        return manifest.head.metadata if manifest else {}
+        return self._head.metadata if self._head else {}
 
     @property
     def metrics(self) -> Mapping[str, float]:
+        return self._head.metrics if self._head else {}
+
+    @property
+    def _head(self) -> Head | None:
         manifest = self._look(lambda step: step).manifest
-        return manifest.head.metrics if manifest else {}
+        return manifest.head if manifest else None
 
     def tree(self, key: str = "") -> Any:
         """As of `CheckpointManager`; key: of a subtree."""

@@ -38,9 +38,6 @@ MAX_SHARD_SIZE = "5GB"  # as huggingface_hub has it
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def _nobody(num_bytes: int) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Exported:
     """files: {name: size} of all files of the export; kept: those that were there, whole, and were not written again.
@@ -70,7 +67,7 @@ def export_safetensors(
     only_tensors: bool = False,
     overwrite: bool = False,
     verify: bool = False,
-    tell: Tell = _nobody,
+    tell: Tell = lambda num_bytes: None,
 ) -> Exported:
     """Write `<name>.safetensors`, or `<name>-00001-of-0000N.safetensors` and `<name>.safetensors.index.json`.
 
@@ -340,7 +337,7 @@ def export_torch(
     prefix: str = "",
     safe_globals: Iterable[Any] = (),
     overwrite: bool = False,
-    tell: Tell = _nobody,
+    tell: Tell = lambda num_bytes: None,
 ) -> Exported:
     """Write one file that `torch.load(weights_only=True, mmap=True)` reads: the nested dict as it was saved.
 
@@ -398,7 +395,7 @@ def export_files(
     *,
     select: Callable[[str], bool] = lambda name: True,
     overwrite: bool = False,
-    tell: Tell = _nobody,
+    tell: Tell = lambda num_bytes: None,
 ) -> Exported:
     """Write the files that `save(files=)` was given, as an Accelerate or Trainer checkpoint has them, under their names
     below `target`: the folder that the stock tool loads.

@@ -16,7 +16,7 @@ from asyncckpt.framing import crc32
 from asyncckpt.manifest import FileRecord, check_file_name, check_folders
 from asyncckpt.parallel import for_each
 from asyncckpt.ranks import Ranks
-from asyncckpt.shard import PARALLEL_FILES, VIEW_BYTES
+from asyncckpt.shard import PARALLEL_FILES, Checksum, in_views
 from asyncckpt.storage import Storage
 from stagers import StateDict
 
@@ -138,19 +138,12 @@ def write_files(
     records: dict[str, FileRecord] = {}
 
     def write(name: str) -> None:
-        content, checksum = _content(name, files[name]), _Checksum()
+        content, checksum = _content(name, files[name]), Checksum()
         storage.write_file(f"{folder}/{name}", content.size, _views(content, checksum, pause))
         records[name] = FileRecord(name, content.size, checksum.value)
 
     for_each(write, files, PARALLEL_FILES)
     return [records[name] for name in files]
-
-
-@dataclass(slots=True)
-class _Checksum:
-    """Of a file, as far as it was yielded."""
-
-    value: int = 0
 
 
 def _content(name: str, file: File) -> FileContent:
@@ -160,11 +153,10 @@ def _content(name: str, file: File) -> FileContent:
         raise SaveError(f"the file {name!r} could not be made: {type(exc).__name__}: {exc}") from exc
 
 
-def _views(content: FileContent, checksum: _Checksum, pause: Callable[[float], None]) -> Iterator[memoryview]:
+def _views(content: FileContent, checksum: Checksum, pause: Callable[[float], None]) -> Iterator[memoryview]:
     """In pieces that are checksummed right before they are handed to storage; `pause` is a sign of life."""
     for view in content.views():
-        for at in range(0, len(view), VIEW_BYTES):
-            piece = view[at : at + VIEW_BYTES]
+        for piece in in_views(view):
             checksum.value = crc32(piece, checksum.value)
             pause(0.0)
             yield piece

@@ -33,20 +33,18 @@ from asyncckpt.manifest import Head
 from asyncckpt.objects import check_object, load_structure
 from asyncckpt.restore import join
 from asyncckpt.safetensors_file import Stored, header_length, read_header
-from asyncckpt.shard import VIEW_BYTES, Regions, payload_view, write_shard
+from asyncckpt.shard import VIEW_BYTES, Regions, in_views, payload_view, write_shard
 from asyncckpt.shard_layout import ALIGNED_PAYLOAD_BYTES, ShardLayout
 from asyncckpt.steps import attempt_name, check_sequence, new_token, read_listing, summarise
 from asyncckpt.storage import Storage, check_path
 from asyncckpt.stream import Buffers
 from asyncckpt.verify import RangeFile, Tell
 from asyncckpt.version import __version__
+from stagers.layout import contiguous_stride
 
 AHEAD = 4
 """Pieces of VIEW_BYTES that are read before they are asked for."""
 BUFFER_BYTES = 1 << 20  # of a torch file's directory and small records
-
-
-def _nobody(num_bytes: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ def import_safetensors(
     prefix: str = "",
     rename: Rename = {},  # noqa: B006
     metadata: Mapping[str, Any] | None = None,
-    tell: Tell = _nobody,
+    tell: Tell = lambda num_bytes: None,
 ) -> Imported:
     """Make safetensors files a committed step of the run at `target`.
 
@@ -94,7 +92,7 @@ def import_safetensors(
         for name, (kind, offset) in stored.items():
             if wanted is not None and name not in wanted:
                 continue
-            layout = Layout(str(kind.dtype)[6:], kind.shape, _contiguous_strides(kind.shape))
+            layout = Layout(str(kind.dtype)[6:], kind.shape, contiguous_stride(kind.shape))
             _add(tensors, prefix, new_name(name), _Tensor(file, offset, layout))
         names = stored.keys() if wanted is None else wanted
         ties |= {name: kept for name, kept in notes.items() if kept in names and name not in stored}
@@ -114,14 +112,6 @@ def _add(tensors: dict[str, _Tensor], prefix: str, name: str, tensor: _Tensor) -
     if key in tensors:
         raise ValueError(f"two tensors would have the key {key!r}. Nothing was written. Rename one of the two")
     tensors[key] = tensor
-
-
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(1, size)
-    return tuple(reversed(strides))
 
 
 def _safetensors_at(source: Storage, path: str) -> dict[str, set[str] | None]:
@@ -190,7 +180,7 @@ def import_torch(
     rename: Rename = {},  # noqa: B006
     metadata: Mapping[str, Any] | None = None,
     safe_globals: Iterable[Any] = (),
-    tell: Tell = _nobody,
+    tell: Tell = lambda num_bytes: None,
 ) -> Imported:
     """Make a file of torch.save, which holds a nested dict, a committed step of the run at `target`.
 
@@ -286,7 +276,7 @@ class _TorchSource:
             crc = record.crc32 if record.size == meta.nbytes else 0
             return _Tensor(self.path, offset, layout, crc32=crc)
         span = sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True)) + 1
-        dense = Layout(layout.dtype, layout.shape, _contiguous_strides(layout.shape))
+        dense = Layout(layout.dtype, layout.shape, contiguous_stride(layout.shape))
         return _Tensor(self.path, offset, dense, layout.stride, span * meta.element_size())
 
     def filled(self, value: Any) -> Any:
@@ -451,7 +441,7 @@ class _Payloads:
         assert tensor is not None
         if tensor.strides is not None:
             memory = payload_view(self._pool.submit(tensor.read, self.source).result())
-            yield from (memory[at : at + VIEW_BYTES] for at in range(0, len(memory), VIEW_BYTES))
+            yield from in_views(memory)
             self.tell(len(memory))
             return
         for at in range(0, tensor.num_bytes, VIEW_BYTES):

@@ -173,7 +173,7 @@ def decode_manifest(data: bytes) -> Manifest:
     check_crc(data)
     try:
         document = json.loads(
-            data.decode("ascii"), object_pairs_hook=_members_once, parse_constant=_finite, parse_float=_finite
+            data.decode("ascii"), object_pairs_hook=members_once, parse_constant=_finite, parse_float=_finite
         )
         head = _decode_head(document)
         box = _numbers(document["chunks"]["box"], low=-1)
@@ -228,7 +228,7 @@ def decode_file_sizes(end: bytes) -> dict[str, int] | None:
         raise ManifestError(f"its list of files is wrong: {type(exc).__name__}: {str(exc)[:500]}") from exc
 
 
-def _members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Which of two members of one name holds differs from reader to reader."""
     members = dict(pairs)
     if len(members) != len(pairs):
@@ -243,7 +243,7 @@ def _finite(text: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_members_once, parse_constant=_finite, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=members_once, parse_constant=_finite, parse_float=_finite)
 
 
 def _decode_head(document: Mapping[str, Any]) -> Head:

@@ -90,7 +90,7 @@ def _look(run: Run, step: int) -> Glance | None:
     files = run.steps[step]
     kind = kind_of(files)
     assert kind is not None
-    unfinished = len(files.unfinished(2**63))
+    unfinished = len(files.unfinished())
     if files.sequence is None:
         return Glance(step, kind, _place(files), files.num_bytes, unfinished)
     path = f"{step}/{files.manifests[files.sequence]}"

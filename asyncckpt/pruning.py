@@ -69,7 +69,7 @@ def find_dead(run: Run, grace_s: float) -> list[DeadSave]:
     seconds, by the storage's clock."""
     found = []
     for step, files in run.steps.items():
-        for attempt in files.unfinished(2**63):
+        for attempt in files.unfinished():
             paths = [f"{step}/{name}" for name in files.attempts[attempt]]
             age_s = _age_s(run, paths)
             is_over = attempt_sequence(attempt) < run.newest_sequence

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from asyncckpt.boxes import PLAIN, Boxes
+from asyncckpt.boxes import PLAIN, boxes_of
 from asyncckpt.chunks import ChunkTable, Keys, Numbers, Placement
 from asyncckpt.framing import crc32
 from asyncckpt.local_file import address_of
@@ -87,10 +87,10 @@ def find_whole(manifest: Manifest, keys: Keys, wanted: Mapping[str, Any]) -> tup
     """What of `wanted`, {key: value}, is read whole, and the rest. Tensors have the dtype and shape that `keys` say."""
     chunks, accelerator = manifest.chunks, _accelerator()
     # Kept: an export asks for some keys at a time, and these look at all.
-    number_of, is_object, reach, boxes = keys.kept.get(
-        "whole", (chunks,),
-        lambda: (_whole_chunks(chunks, keys), _is_object(chunks), _reach_in(chunks.placement), Boxes(chunks)),
-    )  # fmt: skip
+    number_of, is_object, reach = keys.kept.get(
+        "whole", (chunks,), lambda: (_whole_chunks(chunks, keys), _is_object(chunks), _reach_in(chunks.placement))
+    )
+    boxes = boxes_of(keys, chunks)
     found: list[str] = []
     numbers: list[int] = []
     tensors: list[torch.Tensor | None] = []

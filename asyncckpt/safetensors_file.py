@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from asyncckpt.chunks import HUGE
-from asyncckpt.framing import BLOCK_BYTES
-from asyncckpt.shard import payload_view
+from asyncckpt.manifest import members_once
+from asyncckpt.shard import in_views, payload_view
 
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors package
-VIEW_BYTES = 4 * BLOCK_BYTES
 _KINDS: tuple[tuple[str, str], ...] = (
     ("BOOL", "bool"), ("U8", "uint8"), ("I8", "int8"),
     ("F8_E5M2", "float8_e5m2"), ("F8_E4M3", "float8_e4m3fn"), ("F8_E8M0", "float8_e8m0fnu"),
@@ -116,8 +115,7 @@ class SafetensorsFile:
         """`size` bytes, the tensors' as they lie in memory."""
         yield memoryview(self._header.data)
         for name in self._header.names:
-            payload = payload_view(self._tensors[name].detach())
-            yield from (payload[at : at + VIEW_BYTES] for at in range(0, len(payload), VIEW_BYTES))
+            yield from in_views(payload_view(self._tensors[name].detach()))
 
 
 class Stored(NamedTuple):
@@ -139,7 +137,7 @@ def read_header(data: bytes, file_bytes: int) -> tuple[dict[str, Stored], dict[s
     """({name: tensor}, metadata) of a file that begins with `data`, its length and header. ValueError, if the tensors
     do not make up the rest of the file, as every reader of the format asks."""
     try:
-        entries = json.loads(data[8:], object_pairs_hook=_members_once)
+        entries = json.loads(data[8:], object_pairs_hook=members_once)
         metadata = entries.pop("__metadata__", None) or {}
         stored = {name: _stored(len(data), **entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
@@ -166,10 +164,3 @@ def _stored(header_bytes: int, dtype: str, shape: list[int], data_offsets: list[
     if kind.num_bytes != end - start:
         raise ValueError(f"a tensor of shape {kind.shape} has {end - start} bytes")
     return Stored(kind, header_bytes + start)
-
-
-def _members_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return members

@@ -107,7 +107,7 @@ class Resolved:
         return [self._view(row) for row in rows.tolist()]
 
     def large(self, row: int) -> Iterator[memoryview]:
-        return _in_views(self._view(row))
+        return in_views(self._view(row))
 
     def _view(self, row: int) -> memoryview:
         tensor = self.tensors[row]
@@ -145,7 +145,7 @@ class StagedPayloads:
 
     def large(self, row: int) -> Iterator[memoryview]:
         start, stop = self.places[row].tolist()
-        for view in _in_views(self.memory[start:stop]):
+        for view in in_views(self.memory[start:stop]):
             self.wait_for(start, start + len(view))
             start += len(view)
             yield view
@@ -177,7 +177,7 @@ def payload_view(tensor: torch.Tensor) -> memoryview:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def _in_views(payload: memoryview) -> Iterator[memoryview]:
+def in_views(payload: memoryview) -> Iterator[memoryview]:
     return (payload[at : at + VIEW_BYTES] for at in range(0, len(payload), VIEW_BYTES))
 
 
@@ -219,7 +219,7 @@ def write_shard(
     writing = _Writing(payloads, dict(zip(layout.object_rows, objects, strict=True)), regions, pause, len(placement))
 
     def write(file: ShardFile) -> FileRecord:
-        checksum = _Checksum()
+        checksum = Checksum()
         storage.write_file(f"{folder}/{file.name}", file.size, writing.views(file, checksum))
         return FileRecord(file.name, file.size, checksum.value)
 
@@ -236,7 +236,7 @@ def write_shard(
 
 
 @dataclass(slots=True)
-class _Checksum:
+class Checksum:
     """Of a file, as far as it was yielded."""
 
     value: int = 0
@@ -261,7 +261,7 @@ class _Writing:
         self.item_crc32: Checksums = np.zeros(num_rows, np.uint32)
         self.blocks: dict[int, list[int]] = {}
 
-    def views(self, file: ShardFile, checksum: _Checksum) -> Iterator[memoryview]:
+    def views(self, file: ShardFile, checksum: Checksum) -> Iterator[memoryview]:
         """The bytes of a file in order; fills in the checksums of its items and its own on the way."""
         position = 0
         for run in file.runs:
@@ -277,7 +277,7 @@ class _Writing:
             self.crc32[row] = self.item_crc32[row] = crc32(data)
             yield _counted(memoryview(data), checksum)
 
-    def _large(self, run: Run, checksum: _Checksum) -> Iterator[memoryview]:
+    def _large(self, run: Run, checksum: Checksum) -> Iterator[memoryview]:
         """An item whose payload goes out as it lies, each view checksummed block by block before it is yielded."""
         (row,), frame, payload = run.rows.tolist(), frame_of(run.layout), PayloadCrc()
         blocks: list[int] = []
@@ -295,7 +295,7 @@ class _Writing:
             self.blocks[row] = blocks
         yield _counted(memoryview(frame.tail_with(payload.value)), checksum)
 
-    def _small(self, run: Run, checksum: _Checksum) -> Iterator[memoryview]:
+    def _small(self, run: Run, checksum: Checksum) -> Iterator[memoryview]:
         """Items that are put together in a buffer: in few calls of C, none of which gives up the GIL (REGION_ITEMS says
         why), and their checksum from those of the payloads."""
         frame, count = frame_of(run.layout), len(run.rows)
@@ -321,6 +321,6 @@ def _set(target: memoryview, starts: range, stops: range, values: Iterable[memor
     deque(map(target.__setitem__, map(slice, starts, stops), values), maxlen=0)
 
 
-def _counted(view: memoryview, checksum: _Checksum) -> memoryview:
+def _counted(view: memoryview, checksum: Checksum) -> memoryview:
     checksum.value = crc32(view, checksum.value)
     return view

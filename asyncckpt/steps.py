@@ -116,9 +116,9 @@ class StepFiles:
     def has_rivals(self) -> bool:
         return sum(attempt_sequence(attempt) == self.sequence for attempt in self.attempts) > 1
 
-    def unfinished(self, newest_committed: int) -> list[str]:
+    def unfinished(self, newest_committed: int = MAX_NUMBER + 1) -> list[str]:
         """Attempts that never committed and, unless their writer was only slow, never will: their sequence number is
-        below the newest committed one."""
+        below the newest committed one. Without that, also those that may be under way."""
         numbers = {name: attempt_sequence(name) for name in self.attempts}
         return [name for name, number in numbers.items() if number < newest_committed and number not in self.manifests]
 

@@ -20,11 +20,11 @@ import torch
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.framing import BLOCK_BYTES, PayloadCrc, crc32
+from asyncckpt.shard import in_views
 
 _DESCRIPTOR, _DIRECTORY_ENTRY = b"PK\x07\x08", b"PK\x01\x02"
 _END, _END_64 = b"PK\x05\x06", b"PK\x06\x06"
 _IN_END_64 = 0xFFFFFFFF
-VIEW_BYTES = 4 * BLOCK_BYTES
 
 
 class Slot(NamedTuple):
@@ -85,7 +85,7 @@ class TorchFile:
 def _memory(slots: Sequence[Slot]) -> Iterator[Payload]:
     for storage, _ in slots:
         memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
-        yield None, [memory[at : at + VIEW_BYTES] for at in range(0, len(memory), VIEW_BYTES)]
+        yield None, in_views(memory)
 
 
 def _skeleton_of(obj: Any) -> tuple[_Skeleton, int]:

@@ -168,12 +168,13 @@ def _dense_stride(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]
     expected = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
         if size != 1 and step != expected:
-            return _contiguous_stride(shape)
+            return contiguous_stride(shape)
         expected *= size
     return stride
 
 
-def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a row-major tensor."""
     strides = []
     step = 1
     for size in reversed(shape):

@@ -207,6 +207,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """In one line of a table."""
+    return " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
+
+
 def printable(text: str) -> str:
     """What a checkpoint says, without what a terminal would obey."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

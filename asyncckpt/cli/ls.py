@@ -18,6 +18,7 @@ from asyncckpt.cli.app import (
     app,
     counted,
     listed,
+    metrics_text,
     new_table,
     opened,
     output,
@@ -115,7 +116,7 @@ def _print(console: Console, shown: Sequence[Glance], now_s: float) -> None:
         made = ("", "", "")
         if head := glance.head:
             made = str(head.world_size), head.time[:16].replace("T", " "), time_text(max(0, now_s - head.time_s))
-        metrics = " ".join(f"{name}={value:.4g}" for name, value in head.metrics.items()) if head else ""
+        metrics = metrics_text(head.metrics) if head else ""
         table.add_row(str(glance.step), decimal(glance.num_bytes), *made, state, printable(metrics), style=style)
     console.print(table)
 

@@ -23,6 +23,7 @@ from asyncckpt.cli.app import (
     counted,
     fail,
     listed,
+    metrics_text,
     new_table,
     opened,
     output,
@@ -160,7 +161,7 @@ def _print_plan(console: Console, run: Run, plan: Plan, policy: KeepPolicy | Non
     table.add_column("why")
     for one in plan.drop:
         age = time_text(max(0, time.time() - one.head.time_s)) if one.head else ""
-        metrics = " ".join(f"{name}={value:.4g}" for name, value in one.head.metrics.items()) if one.head else ""
+        metrics = metrics_text(one.head.metrics) if one.head else ""
         table.add_row(str(one.step), decimal(one.num_bytes), age, printable(f"not kept {metrics}"))
     for save in plan.dead:
         age = "" if save.age_s is None else time_text(save.age_s)

@@ -26,6 +26,7 @@ from asyncckpt.cli.app import (
     time_text,
 )
 from asyncckpt.overview import Glance, Run, list_run, look
+from asyncckpt.steps import attempt_sequence
 
 MAX_FAILURES = 5
 """Listings that fail in a row; each was tried again for two minutes."""
@@ -120,8 +121,8 @@ def _changes(before: Run, run: Run, newest: Glance | None, num_first: int | None
 def _unfinished(run: Run) -> Iterator[tuple[int, str]]:
     """Saves that may be under way: newer than every commit."""
     for step, files in run.steps.items():
-        for attempt in files.unfinished(2**63):
-            if int(attempt.partition("-")[0]) > run.newest_sequence:
+        for attempt in files.unfinished():
+            if attempt_sequence(attempt) > run.newest_sequence:
                 yield step, attempt
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -23,8 +22,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from asyncckpt.files import File
-from asyncckpt.framing import Layout, frame_of
-from asyncckpt.shard import VIEW_BYTES, is_dense, payload_view
+from asyncckpt.framing import Layout, crc32, frame_of
+from asyncckpt.shard import in_views, is_dense, payload_view
 from asyncckpt.steps import DCP_METADATA
 
 
@@ -96,10 +95,9 @@ class ItemsFile:
 def _framed(tensor: torch.Tensor) -> Iterator[memoryview]:
     frame, payload, crc = frame_of(Layout.of(tensor)), payload_view(tensor), 0
     yield memoryview(frame.head)
-    for at in range(0, len(payload), VIEW_BYTES):
-        block = payload[at : at + VIEW_BYTES]
-        crc = crc32(block, crc)
-        yield block
+    for view in in_views(payload):
+        crc = crc32(view, crc)
+        yield view
     yield memoryview(frame.tail_with(crc))
 
 
